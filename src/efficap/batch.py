@@ -1,0 +1,59 @@
+"""The one contract between data and model.
+
+B images, K captions of each, T tokens (the longest caption of the batch, BOS and EOS counted).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionBatch:
+    """Images with K captions each; every loader yields it and the model takes nothing else.
+
+    Attributes:
+        images: (B, 3, H, W) uint8, RGB as decoded and cropped; the encoder normalises them.
+        tokens: (B, K, T) int64, each caption ``BOS w1 … wn EOS`` and then padding.
+        lengths: (B, K) int64, valid tokens with BOS and EOS; 0 where an image has fewer than K captions.
+        image_ids: B keys, unique in their split.
+        references: every reference text of each image; None in training.
+    """
+
+    images: Tensor
+    tokens: Tensor
+    lengths: Tensor
+    image_ids: list[str]
+    references: list[list[str]] | None = None
+
+    def __post_init__(self) -> None:
+        assert self.images.shape[1:2] == (3,), self.images.shape
+        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.tokens.ndim == 3
+        assert self.lengths.shape == self.tokens.shape[:2]
+        assert len(self.images) == len(self.tokens) == len(self.image_ids)
+        assert self.references is None or len(self.references) == len(self.image_ids)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> CaptionBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            lengths=self.lengths.to(device, non_blocking=non_blocking),
+        )
+
+    def pin_memory(self) -> CaptionBatch:
+        """The same batch in page-locked memory (called by torch's DataLoader)."""
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            tokens=self.tokens.pin_memory(),
+            lengths=self.lengths.pin_memory(),
+        )

@@ -1,0 +1,157 @@
+"""Caption pictures: a file, a folder or a glob in; captions.csv, captions.jsonl and a gallery out."""
+
+from __future__ import annotations
+
+import csv
+import glob
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from efficap.commands.run_dir import RunDirectory, choose_device
+from efficap.data.transforms import EvaluationTransform, load_rgb
+from efficap.decoding import build_decoding
+from efficap.errors import InputError
+from efficap.evaluation.report import GalleryItem, write_gallery
+from efficap.training.module import write_captions
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionedFile:
+    """What became of one file: a caption, or the reason why there is none."""
+
+    file: Path
+    caption: str = ""
+    error: str = ""
+
+
+def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
+    """Caption as the plain values of conf/caption.yaml say; returns what became of each file, in order.
+
+    Raises:
+        InputError: no such run, nothing to caption, or not one picture that can be read.
+    """
+    run = RunDirectory(cfg["run"])
+    device = choose_device(cfg["accelerator"])
+    decoding = build_decoding(cfg["decoding"] or run.config["decoding"])
+    files = find_pictures(cfg["images"])
+    tokenizer = run.tokenizer()
+    captioner = run.captioner(tokenizer, device)
+    model = run.config["model"]
+    transform = EvaluationTransform(
+        image_size=model["image_size"],
+        interpolation=model["encoder"]["interpolation"],
+        crop_pct=model["encoder"]["crop_pct"],
+    )
+    out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    results: dict[Path, CaptionedFile] = {}
+    loader = DataLoader(
+        Pictures(files, transform), batch_size=cfg["batch_size"], num_workers=1, collate_fn=list
+    )
+    with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
+        bar = progress.add_task("Captioning", total=len(files))
+        for loaded in loader:
+            read = [(file, pixels) for file, pixels, _ in loaded if pixels is not None]
+            results |= {file: CaptionedFile(file, error=error) for file, _, error in loaded if error}
+            if read:
+                images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
+                keys = [str(file) for file, _ in read]
+                captions = write_captions(captioner, tokenizer, decoding, images, keys)
+                results |= {
+                    file: CaptionedFile(file, text) for (file, _), text in zip(read, captions, strict=True)
+                }
+            progress.advance(bar, len(loaded))
+    ordered = [results[file] for file in files]
+    _write(out, ordered, run)
+    if not any(result.caption or not result.error for result in ordered):
+        raise InputError(
+            f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
+        )
+    return ordered
+
+
+def find_pictures(images: str) -> list[Path]:
+    """The files that `images` means: itself, all pictures below a folder, or what a glob matches, sorted.
+
+    Raises:
+        InputError: there is no such file, or no picture.
+    """
+    path = Path(images).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+    else:
+        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
+    if not found:
+        kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
+        what = (
+            "holds no picture"
+            if path.is_dir()
+            else "is neither a file, nor a folder, nor a glob that matches one"
+        )
+        raise InputError(f"images={images} {what} ({kinds})")
+    return sorted(found)
+
+
+class Pictures(Dataset[tuple[Path, Tensor | None, str]]):
+    """Each file as (file, (3, H, W) uint8, ""), or (file, None, reason)."""
+
+    def __init__(self, files: list[Path], transform: EvaluationTransform) -> None:
+        self.files, self.transform = files, transform
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
+        file = self.files[index]
+        try:
+            return file, self.transform(load_rgb(file)), ""
+        except OSError as error:
+            return file, None, str(error).removeprefix(f"{file}: ")
+
+
+def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    rows = [
+        {"file": str(result.file), "caption": result.caption, "error": result.error} for result in results
+    ]
+    with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, ["file", "caption", "error"])
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
+    failed = [result for result in results if result.error]
+    write_gallery(
+        out / "index.html",
+        _items(results),
+        title="Captions",
+        subtitle=f"{len(results) - len(failed):,} pictures, by {run.config['name']}",
+    )
+    console = Console()
+    for result in failed:
+        console.print(
+            f"no picture: {result.file} ({result.error})", style="yellow", soft_wrap=True, highlight=False
+        )
+    console.print(
+        f"{len(results) - len(failed):,} captioned, {len(failed):,} left out; "
+        f"in {out}: index.html, captions.csv, captions.jsonl",
+        soft_wrap=True,
+        highlight=False,
+    )
+
+
+def _items(results: list[CaptionedFile]) -> Iterator[GalleryItem]:
+    return (GalleryItem(result.file, result.caption) for result in results if not result.error)

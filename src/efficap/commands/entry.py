@@ -1,0 +1,77 @@
+"""What the three entry points share: compose the configuration, run, and turn a user's mistake into one line."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from efficap.errors import InputError
+
+Result = TypeVar("Result")
+
+CONF = Path(__file__).parents[3] / "conf"
+
+
+def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
+    """Compose conf/`config_name`.yaml with the command line and call `function` with plain values.
+
+    A mistake of the user's is printed as one line and ends with status 1; HYDRA_FULL_ERROR=1 shows its traceback.
+    """
+    wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them its own way
+
+    @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
+    def main(cfg: DictConfig) -> Result:
+        return function(plain(cfg))
+
+    try:
+        main()
+    except (InputError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain, resolved dicts and lists.
+
+    Raises:
+        InputError: a value is still to be given.
+    """
+    missing = sorted(OmegaConf.missing_keys(cfg))
+    if missing:
+        raise InputError(f"{missing[0]} is not given: add {missing[0]}=VALUE")
+    values = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def output_dir() -> Path:
+    """The run directory that Hydra made for this job."""
+    return Path(HydraConfig.get().runtime.output_dir)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, MissingConfigException) and error.options is not None:
+        return _unknown_option(str(error.missing_cfg_file), error.options)
+    return " ".join(str(error).split())
+
+
+def _unknown_option(asked: str, options: object) -> str:
+    import difflib
+
+    group, _, option = asked.rpartition("/")
+    known = [str(known) for known in options] if isinstance(options, (list, tuple)) else []
+    near = difflib.get_close_matches(option, known, n=3, cutoff=0.3)
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    return f"{group}={option} is not known{nearest}; there are {', '.join(known)}"

@@ -1,0 +1,100 @@
+"""Score a run on a split: captions first, to a file; then the metrics; then a page to look at."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+
+from efficap.commands.run_dir import RunDirectory, choose_device
+from efficap.data.csv import CSVDataModule
+from efficap.decoding import build_decoding
+from efficap.evaluation.report import GalleryItem, scores_table, write_gallery
+from efficap.evaluation.results import write_predictions, write_scores
+from efficap.evaluation.scores import Scores, check_java, cider_per_image, distinct_share, score_captions
+from efficap.training.module import write_captions
+
+
+def evaluate(cfg: dict[str, Any]) -> Scores:
+    """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
+
+    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json and index.html.
+
+    Raises:
+        InputError: no such run or split, no Java, a GPU that is not there.
+    """
+    run = RunDirectory(cfg["run"])
+    device = choose_device(cfg["accelerator"])
+    decoding = build_decoding(cfg["decoding"] or run.config["decoding"])
+    check_java()
+    tokenizer = run.tokenizer()
+    captioner = run.captioner(tokenizer, device)
+    split, data = cfg["split"], _prepared_data(run, cfg, tokenizer)
+
+    out = run.path / "eval" / split
+    predictions: dict[str, str] = {}
+    batches = data.evaluation_dataloader(split)
+    with torch.inference_mode():
+        for batch in track(batches, f"Captioning {split}", console=Console(stderr=True), transient=True):
+            captions = write_captions(
+                captioner, tokenizer, decoding, batch.images.to(device), batch.image_ids
+            )
+            predictions |= dict(zip(batch.image_ids, captions, strict=True))
+    write_predictions(out / "captions.json", predictions)
+
+    table = data.split(split)
+    references = dict(zip(table.image_ids, table.references, strict=True))
+    scores: Scores = {"split": split, "images": len(predictions)}
+    scores |= score_captions(predictions, references, metrics=cfg["metrics"])
+    scores["distinct"] = distinct_share(list(predictions.values()))
+    write_scores(out / "scores.json", scores)
+    console = Console()
+    console.print(scores_table(scores))
+    if cfg["gallery"]:
+        items = _gallery_items(predictions, references, dict(zip(table.image_ids, table.files, strict=True)))
+        cider = scores.get("CIDEr")
+        write_gallery(
+            out / "index.html",
+            itertools.islice(items, cfg["gallery"]),
+            title=f"{run.config['name']}: {split}",
+            subtitle=f"CIDEr {cider:.3f} on {len(predictions):,} pictures"
+            if isinstance(cider, float)
+            else "",
+        )
+    console.print(f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False)
+    return scores
+
+
+def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: Any) -> CSVDataModule:
+    changes = dict(cfg["data"])
+    if cfg["batch_size"] is not None:
+        changes["batch_size"] = cfg["batch_size"]
+    data = run.data(changes)
+    data.prepare_data()
+    model = run.config["model"]
+    data.prepare(
+        tokenizer,
+        image_size=model["image_size"],
+        interpolation=model["encoder"]["interpolation"],
+        crop_pct=model["encoder"]["crop_pct"],
+        splits=[cfg["split"]],
+    )
+    return data
+
+
+def _gallery_items(
+    predictions: dict[str, str], references: dict[str, list[str]], files: dict[str, Path]
+) -> Iterator[GalleryItem]:
+    cider = cider_per_image(predictions, references)
+    for image_id, caption in predictions.items():
+        yield GalleryItem(files[image_id], caption, references[image_id], note=f"CIDEr {cider[image_id]:.2f}")
+
+
+def _shown(path: Path) -> Path:
+    """Relative to the current folder where that is shorter."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

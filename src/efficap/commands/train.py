@@ -1,0 +1,170 @@
+"""Train a captioner: data, model and trainer from one configuration, a run directory at the end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+
+from efficap.commands.run_dir import check_accelerator, write_run
+from efficap.data.csv import CSVDataModule
+from efficap.decoding import build_decoding
+from efficap.errors import InputError
+from efficap.evaluation.scores import check_java
+from efficap.models.captioner import Captioner
+from efficap.models.pretrained import build_captioner, load_pretrained_parts, resolve_model
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.callbacks import BestCheckpoint, RunMetrics, SampleCaptions
+from efficap.training.ema import ExponentialMovingAverage
+from efficap.training.module import CaptionModule
+from efficap.training.summary import print_summary
+
+
+def train(cfg: dict[str, Any]) -> Path:
+    """Train as the plain, resolved values of conf/train.yaml say; returns the run directory.
+
+    Raises:
+        InputError: before the first step, whatever can be known to be wrong by then.
+    """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
+    check_java()
+    decoding = build_decoding(cfg["decoding"])
+    model = resolve_model(cfg["model"])
+    cfg = {**cfg, "model": model}
+    pl.seed_everything(cfg["seed"], workers=True, verbose=False)
+
+    data = instantiate(cfg["data"])
+    data.prepare_data()
+    tokenizer = build_tokenizer(model["tokenizer"], data)
+    encoder = model["encoder"]
+    data.prepare(
+        tokenizer,
+        image_size=model["image_size"],
+        interpolation=encoder["interpolation"],
+        crop_pct=encoder["crop_pct"],
+        splits=["train", "val"],
+    )
+    captioner = build_captioner(model, tokenizer.vocab_size)
+    _check_lengths(
+        captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
+    )
+    load_pretrained_parts(captioner, model)
+
+    run_dir = Path(cfg["output_dir"])
+    write_run(run_dir, cfg, tokenizer)
+    _print_plan(captioner, cfg, tokenizer, data)
+    module = CaptionModule(
+        captioner, tokenizer, decoding, optimizer=cfg["optimizer"], label_smoothing=cfg["label_smoothing"]
+    )
+    loggers = _build_loggers(cfg, run_dir)
+    try:
+        trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
+        trainer.fit(module, datamodule=data)
+    finally:
+        _finish(loggers)
+    print(f"run directory: {run_dir}")
+    return run_dir
+
+
+def build_tokenizer(settings: dict[str, Any], data: CSVDataModule) -> CaptionTokenizer:
+    """The tokenizer of `settings`: pretrained by name, or learned from the training captions."""
+    if settings["name"] is not None:
+        return CaptionTokenizer.pretrained(settings["name"])
+    return CaptionTokenizer.learn(data.split("train").captions, settings["vocab_size"])
+
+
+def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
+    n_positions = captioner.decoder.wpe.num_embeddings
+    for setting, value in max_tokens.items():
+        if value > n_positions:
+            raise InputError(
+                f"{setting}={value} must be at most the decoder's model.decoder.n_positions={n_positions}"
+            )
+
+
+def _print_plan(
+    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CSVDataModule
+) -> None:
+    print_summary(
+        captioner,
+        cfg["model"],
+        vocab_size=tokenizer.vocab_size,
+        pictures=len(data.split("train")),
+        captions_per_image=data.captions_per_image,
+        max_tokens=data.max_tokens,
+        batch_size=data.batch_size,
+    )
+    if data.cut_captions:
+        print(
+            f"{data.cut_captions:,} captions are longer than data.max_tokens={data.max_tokens} and were cut; EOS stays"
+        )
+
+
+def _build_trainer(
+    settings: dict[str, Any], loggers: list[Logger], callbacks: list[Callback], run_dir: Path
+) -> pl.Trainer:
+    settings = dict(settings)
+    if settings["precision"] is None:
+        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
+        settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+    if settings["enable_progress_bar"]:
+        callbacks = [*callbacks, RichProgressBar()]
+    return pl.Trainer(
+        **settings,
+        default_root_dir=run_dir,
+        logger=loggers,
+        callbacks=callbacks,
+        num_sanity_val_steps=0,
+        enable_model_summary=False,
+    )
+
+
+def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CSVDataModule) -> list[Callback]:
+    val = data.split("val")
+    files = dict(zip(val.image_ids, val.files, strict=True))
+    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values()]
+    if cfg["ema_decay"] is not None:
+        callbacks.append(ExponentialMovingAverage(cfg["ema_decay"]))
+    return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, files), BestCheckpoint(run_dir)]
+
+
+def _build_loggers(cfg: dict[str, Any], run_dir: Path) -> list[Logger]:
+    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
+    if cfg["logger"]:
+        settings = dict(cfg["logger"])
+        if settings["_target_"].endswith("WandbLogger") and settings["mode"] is None:
+            settings["mode"] = _wandb_mode()
+        logger = instantiate(settings)
+        logger.log_hyperparams(cfg)
+        loggers.append(logger)
+    return loggers
+
+
+def _wandb_mode() -> str | None:
+    """W&B's own choice where WANDB_MODE makes one, online where a key is known, else offline."""
+    import wandb
+
+    if "WANDB_MODE" in os.environ:
+        return None
+    try:
+        return "online" if wandb.login(prompt=False) else "offline"
+    except wandb.Error as error:
+        warnings.warn(f"W&B cannot be reached, going on offline: {error}", stacklevel=2)
+        return "offline"
+
+
+def _finish(loggers: list[Logger]) -> None:
+    """End the W&B run, or a sweep's next job would write into it."""
+    if any(isinstance(logger, WandbLogger) for logger in loggers):
+        import wandb
+
+        wandb.finish()

@@ -1,0 +1,150 @@
+"""Pictures with their captions on a page that needs nothing but itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from efficap.evaluation.results import replacing
+
+THUMBNAIL = 320  # pixels, the longer side
+JPEG_QUALITY = 80
+# What PIL raises for a file that is no picture, a broken one or an enormous one.
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, slots=True)
+class GalleryItem:
+    """One picture to show.
+
+    Attributes:
+        image: its file, or the picture itself.
+        caption: the predicted caption.
+        references: what people wrote about it.
+        note: a small line below, such as the file's name or its score.
+    """
+
+    image: Path | Image.Image
+    caption: str
+    references: Sequence[str] = ()
+    note: str = ""
+
+
+def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subtitle: str = "") -> int:
+    """Write one HTML page with all pictures inside it: no script, no other file, nothing from the network.
+
+    Items are taken one by one and never held together. The page takes its place when it is complete. A
+    picture that cannot be read is shown as a note.
+
+    Args:
+        path: the HTML file; its folder is made.
+        items: may be a generator over thousands (a thumbnail takes about 20 kB).
+        title: of the page.
+        subtitle: a line below it, such as the run and its scores.
+
+    Returns:
+        The number of items written.
+    """
+    count = 0
+    with replacing(path) as file:
+        head = _HEAD.replace("@TITLE@", escape(title))
+        file.write(head.encode(errors="replace"))
+        file.write(
+            f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n<main>\n".encode(
+                "utf-8", "replace"
+            )
+        )
+        for item in items:
+            file.write(_figure(item).encode(errors="replace"))
+            count += 1
+        file.write(f"</main>\n<footer>{count:,} pictures</footer>\n</body>\n</html>\n".encode())
+    return count
+
+
+def _figure(item: GalleryItem) -> str:
+    try:
+        thumbnail = load_picture(item.image, THUMBNAIL)
+    except UNREADABLE as error:
+        picture = f'<p class="broken">cannot be read: {escape(str(error))}</p>'
+    else:
+        data = io.BytesIO()
+        thumbnail.save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
+        source = base64.b64encode(data.getvalue()).decode()
+        width, height = thumbnail.size
+        picture = (
+            f'<img alt="{escape(item.caption)}" width="{width}" height="{height}"'
+            f' src="data:image/jpeg;base64,{source}">'
+        )
+    references = "".join(f'<li dir="auto">{escape(text)}</li>' for text in item.references)
+    return (
+        f'<figure><div class="picture">{picture}</div><figcaption><p class="caption" dir="auto">'
+        f"{escape(item.caption)}</p>"
+        + (f"<ul>{references}</ul>" if references else "")
+        + (f'<p class="note">{escape(item.note)}</p>' if item.note else "")
+        + "</figcaption></figure>\n"
+    )
+
+
+def load_picture(image: Path | Image.Image, side: int) -> Image.Image:
+    """The picture as RGB, upright by its EXIF orientation, on white where transparent, at most `side` pixels.
+
+    Raises:
+        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it cannot be read (`UNREADABLE`).
+    """
+    if isinstance(image, Image.Image):
+        return _upright(image, side)
+    with Image.open(image) as opened:
+        opened.draft("RGB", (side * 2, side * 2))  # a large JPEG is decoded at a fraction of its size
+        return _upright(opened, side)
+
+
+def _upright(image: Image.Image, side: int) -> Image.Image:
+    picture = ImageOps.exif_transpose(image)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    picture = picture.convert("RGB")
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    return picture
+
+
+# The policy lets the page load nothing but the pictures inside it.
+_HEAD = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>@TITLE@</title>
+<style>
+:root {
+  color-scheme: light dark;
+  --page: #f4f5f6; --card: #fff; --ink: #1a1c1e; --soft: #676d73; --line: #dfe2e5
+}
+@media (prefers-color-scheme: dark) {
+  :root { --page: #131517; --card: #1d2023; --ink: #e8eaec; --soft: #9aa1a8; --line: #303438 }
+}
+body { margin: 0; background: var(--page); color: var(--ink); font: 16px/1.45 system-ui, sans-serif }
+header, main, footer { max-width: 1500px; margin: 0 auto; padding: 24px }
+header { padding-bottom: 0 } h1 { margin: 0; font-size: 26px } header p, footer { color: var(--soft) }
+main { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(260px, 100%), 1fr)) }
+figure {
+  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
+  content-visibility: auto; contain-intrinsic-size: auto 380px
+}
+.picture { height: 240px; display: grid; place-items: center; background: var(--line) }
+img { width: 100%; height: 240px; object-fit: contain; display: block }
+figcaption { padding: 12px 16px 14px; overflow-wrap: anywhere }
+p { margin: 0 } .caption { font-weight: 600 } ul { margin: 8px 0 0; padding-left: 18px; color: var(--soft) }
+.note, .broken { margin-top: 8px; font-size: 13px; color: var(--soft) } .broken { padding: 0 16px }
+</style>
+</head>
+<body>
+"""

@@ -1,0 +1,49 @@
+"""What a person looks at after a run: the table of scores, the gallery, the contact sheet and the curves."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from efficap.evaluation.curves import plot_curves
+from efficap.evaluation.gallery import GalleryItem, write_gallery
+from efficap.evaluation.scores import Scores
+from efficap.evaluation.sheet import contact_sheet
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+__all__ = ["GalleryItem", "contact_sheet", "plot_curves", "scores_table", "write_gallery"]
+
+PERCENT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")  # papers print these ×100
+ERROR = "_error"
+
+
+def scores_table(scores: Scores) -> Table:
+    """The scores for the screen, as computed and as papers print them (×100); failed metrics with the reason.
+
+    Args:
+        scores: as `score_captions` returns them; ``split`` and ``images`` go to the title, all else to rows.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    parts = [str(scores["split"])] if "split" in scores else []
+    parts += [f"{scores['images']} images"] if "images" in scores else []
+    table = Table(title=Text(", ".join(parts)) if parts else None)
+    table.add_column("metric", no_wrap=True)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("×100", justify="right", no_wrap=True)  # noqa: RUF001
+    reasons = {name.removesuffix(ERROR): str(why) for name, why in scores.items() if name.endswith(ERROR)}
+    if reasons:
+        table.add_column("reason")
+    for name, value in scores.items():
+        if name in ("split", "images") or name.endswith(ERROR):
+            continue
+        if value is None:  # BLEU fails as one: its reason stands at the first of its four rows
+            reason = reasons.pop(name, "") or reasons.pop(name.split("-")[0], "")
+            table.add_row(Text(name), Text("failed", style="bold red"), "", Text(reason, style="red"))
+        elif isinstance(value, float):
+            table.add_row(Text(name), f"{value:.3f}", f"{100 * value:.1f}" if name in PERCENT else "")
+        else:
+            table.add_row(Text(name), Text(str(value)), "")
+    return table

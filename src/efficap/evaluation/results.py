@@ -1,0 +1,114 @@
+"""The files that an evaluation leaves, written atomically: scores, and predictions as COCO's results."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from efficap.errors import InputError
+from efficap.evaluation.scores import Scores
+
+SHOWN = 3  # ids named in an error message
+
+
+def write_predictions(path: Path, predictions: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+    """Write captions as ``[{"image_id": …, "caption": …}, …]``, the results format of the COCO evaluation.
+
+    The ids stay the string keys of the table. Write the predictions before they are scored.
+
+    Args:
+        path: the JSON file; its folder is made.
+        predictions: image id -> caption, or pairs of them (in which duplicates can be seen).
+
+    Raises:
+        InputError: the pairs hold an id twice.
+    """
+    pairs = list(predictions.items() if isinstance(predictions, Mapping) else predictions)
+    _refuse_duplicates([image_id for image_id, _ in pairs], path)
+    rows = [{"image_id": image_id, "caption": caption} for image_id, caption in pairs]
+    with replacing(path) as file:
+        file.write(("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
+
+
+def read_predictions(path: Path) -> dict[str, str]:
+    """Read what `write_predictions` wrote, or COCO's own results file; number ids become strings.
+
+    Raises:
+        InputError: no such file, not such a list, or an id that occurs twice.
+    """
+    rows = _read_json(path)
+    if not isinstance(rows, list):
+        raise InputError(f"{path}: a list of {{image_id, caption}} is needed, not a {type(rows).__name__}")
+    pairs: list[tuple[str, str]] = []
+    for number, row in enumerate(rows, start=1):
+        if not isinstance(row, dict) or not isinstance(row.get("caption"), str) or "image_id" not in row:
+            raise InputError(f"{path}: entry {number} is not an object with image_id and a caption of text")
+        pairs.append((str(row["image_id"]), row["caption"]))
+    _refuse_duplicates([image_id for image_id, _ in pairs], path)
+    return dict(pairs)
+
+
+def write_scores(path: Path, scores: Scores) -> None:
+    """Write the flat dict of scores as one JSON object; failed metrics are null and keep their reason.
+
+    Raises:
+        ValueError: a score is not a finite number, which JSON cannot hold.
+    """
+    with replacing(path) as file:
+        file.write((json.dumps(scores, indent=2, allow_nan=False) + "\n").encode())
+
+
+def read_scores(path: Path) -> Scores:
+    """Read what `write_scores` wrote.
+
+    Raises:
+        InputError: no such file, or not a JSON object.
+    """
+    scores = _read_json(path)
+    if not isinstance(scores, dict):
+        raise InputError(f"{path}: an object of scores is needed, not a {type(scores).__name__}")
+    return scores
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path` when the block ends well; else `path` stays as it was.
+
+    Raises:
+        OSError: the folder cannot be made or written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: a rename stays atomic
+    try:
+        with unfinished.open("wb") as file:
+            yield file
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _read_json(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+
+
+def _refuse_duplicates(image_ids: list[str], path: Path) -> None:
+    seen: set[str] = set()
+    twice: dict[str, None] = {}
+    for image_id in image_ids:
+        if image_id in seen:
+            twice[image_id] = None
+        seen.add(image_id)
+    if twice:
+        named = ", ".join(map(repr, list(twice)[:SHOWN])) + (", …" if len(twice) > SHOWN else "")
+        raise InputError(
+            f"{path}: {len(twice)} image ids occur more than once: {named}; give each image one caption"
+        )

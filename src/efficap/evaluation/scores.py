@@ -1,0 +1,166 @@
+"""BLEU, METEOR, ROUGE-L and CIDEr of a whole split, by pycocoevalcap's scorers.
+
+All are corpus statistics: score the gathered captions of a split once, never the mean of batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from efficap.errors import InputError
+from efficap.evaluation import java
+from efficap.evaluation.java import check_java
+
+__all__ = ["ALL_METRICS", "Scores", "check_java", "cider_per_image", "distinct_share", "score_captions"]
+
+Scores = dict[str, float | int | str | None]
+Tokenized = dict[str, list[str]]  # image id -> tokenized captions
+
+SHOWN = 3  # ids named in an error message
+
+
+def score_captions(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    metrics: Sequence[str] | None = None,
+) -> Scores:
+    """Score one caption for each image against all of its references.
+
+    BLEU: Papineni et al. 2002, https://aclanthology.org/P02-1040. METEOR: Denkowski and Lavie 2014,
+    https://aclanthology.org/W14-3348. ROUGE-L: Lin 2004, https://aclanthology.org/W04-1013. CIDEr, in its
+    variant CIDEr-D: Vedantam et al. 2015, https://arxiv.org/abs/1411.5726.
+
+    Args:
+        predictions: image id -> caption; an empty caption is scored as one.
+        references: image id -> reference texts, at least one; blank ones are left out. CIDEr takes its
+            document frequencies from them: the scores of a subset and of the split cannot be compared.
+        metrics: of ``BLEU``, ``METEOR``, ``ROUGE-L``, ``CIDEr``; None for all. METEOR takes 6 s to start.
+
+    Returns:
+        A flat dict in the order of `metrics`: ``BLEU-1`` to ``BLEU-4``, ``METEOR``, ``ROUGE-L`` from 0 to 1,
+        ``CIDEr`` from 0 to 10 (papers print all of them times 100). A metric that fails leaves the others
+        alone: its value is None, and ``METEOR_error`` (or ``BLEU_error``, …) says why in one line.
+
+    Raises:
+        InputError: no images, unequal ids, an image without a reference, an unknown metric, no Java runtime.
+    """
+    names = list(ALL_METRICS if metrics is None else metrics)
+    for name in names:
+        if name not in _METRICS:
+            raise InputError(f"metric {name!r} is none of {', '.join(ALL_METRICS)}")
+    _check_ids(predictions, references)
+    check_java()
+    scores: Scores = {}
+    try:
+        predicted, expected = _tokenize(predictions, references)
+    except (OSError, RuntimeError) as error:  # a long training must outlive this, too
+        for name in names:
+            scores |= _failed(name, error)
+        return scores
+    for name in names:
+        keys, compute = _METRICS[name]
+        try:
+            values = compute(predicted, expected)
+            if not all(math.isfinite(value) for value in values):
+                raise ArithmeticError(f"not a finite number: {values}")
+        except Exception as error:  # whatever ails one scorer is recorded, and the others stand
+            scores |= _failed(name, error)
+        else:
+            scores |= dict(zip(keys, values, strict=True))
+    return scores
+
+
+def cider_per_image(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, float]:
+    """CIDEr of each image (0 to 10); their mean is the corpus' score. Unlike it, raises what goes wrong.
+
+    Raises:
+        InputError: as `score_captions`.
+        RuntimeError: the tokenizer failed.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    _check_ids(predictions, references)
+    predicted, expected = _tokenize(predictions, references)
+    _, scores = Cider().compute_score(expected, predicted)
+    return {image_id: float(score) for image_id, score in zip(predicted, scores, strict=True)}
+
+
+def distinct_share(captions: Sequence[str]) -> float:
+    """The share of distinct captions, 0 to 1, white space aside: near 0, every picture gets the same one.
+
+    Raises:
+        InputError: no captions.
+    """
+    if not captions:
+        raise InputError("there are no captions to count")
+    return len({java.one_line(caption) for caption in captions}) / len(captions)
+
+
+def _check_ids(predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]) -> None:
+    if not predictions and not references:
+        raise InputError("there is nothing to score: no predictions and no references")
+    for wrong, what in (
+        ([i for i in references if i not in predictions], "have references but no predicted caption"),
+        ([i for i in predictions if i not in references], "have a predicted caption but no references"),
+        ([i for i in references if not any(map(java.one_line, references[i]))], "have no reference text"),
+    ):
+        if wrong:
+            named = ", ".join(repr(i) for i in wrong[:SHOWN]) + (", …" if len(wrong) > SHOWN else "")
+            raise InputError(
+                f"{len(wrong)} of {len(references.keys() | predictions.keys())} images {what}: {named}; "
+                "score predictions and references of the same split"
+            )
+
+
+def _tokenize(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> tuple[Tokenized, Tokenized]:
+    """Predictions and references in the same order of ids; one start of Java for both."""
+    texts = [predictions[i] for i in predictions]
+    kept = {i: [text for text in references[i] if java.one_line(text)] for i in predictions}
+    tokens = iter(java.tokenize(texts + [text for i in kept for text in kept[i]]))
+    predicted = {i: [next(tokens)] for i in predictions}
+    return predicted, {i: [next(tokens) for _ in kept[i]] for i in kept}
+
+
+def _failed(name: str, error: Exception) -> Scores:
+    # A RuntimeError from java.py says it all; another error's text may be no more than a key.
+    why = java.one_line(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
+    return {**dict.fromkeys(_METRICS[name][0]), f"{name}_error": why}
+
+
+def _bleu(predicted: Tokenized, expected: Tokenized) -> list[float]:
+    from pycocoevalcap.bleu.bleu import Bleu
+
+    scores, _ = Bleu(4).compute_score(expected, predicted, verbose=0)
+    return [float(score) for score in scores]
+
+
+def _meteor(predicted: Tokenized, expected: Tokenized) -> list[float]:
+    return [java.meteor([captions[0] for captions in predicted.values()], list(expected.values()))]
+
+
+def _rouge(predicted: Tokenized, expected: Tokenized) -> list[float]:
+    from pycocoevalcap.rouge.rouge import Rouge
+
+    return [float(Rouge().compute_score(expected, predicted)[0])]
+
+
+def _cider(predicted: Tokenized, expected: Tokenized) -> list[float]:
+    from pycocoevalcap.cider.cider import Cider
+
+    return [float(Cider().compute_score(expected, predicted)[0])]
+
+
+# Name -> the keys of its scores, and the function that gives their values.
+_METRICS: dict[str, tuple[tuple[str, ...], Callable[[Tokenized, Tokenized], list[float]]]] = {
+    "BLEU": (("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), _bleu),
+    "METEOR": (("METEOR",), _meteor),
+    "ROUGE-L": (("ROUGE-L",), _rouge),
+    "CIDEr": (("CIDEr",), _cider),
+}
+ALL_METRICS = tuple(_METRICS)

@@ -1,0 +1,87 @@
+"""The whole model in one file: EfficientNet, bridge and GPT-2.
+
+B images, K captions of each, T tokens, N latent positions, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from efficap.errors import InputError
+from efficap.models.bridge import Bridge
+from efficap.models.encoder import ImageEncoder
+from efficap.models.gpt2 import GPT2, DecodingCache
+
+
+class Captioner(nn.Module):
+    """Encode pictures once, then read them from every layer of GPT-2.
+
+    Args:
+        image_size: pixels, height and width of the pictures.
+        vocab_size: V.
+        encoder, bridge, decoder: the keyword arguments of `ImageEncoder`, `Bridge` and `GPT2` that do not follow
+            from the other parts.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int,
+        vocab_size: int,
+        encoder: dict[str, Any],
+        bridge: dict[str, Any],
+        decoder: dict[str, Any],
+    ) -> None:
+        super().__init__()
+        self.encoder = ImageEncoder(image_size=image_size, **encoder)
+        self.decoder = GPT2(vocab_size=vocab_size, **decoder)
+        self.bridge = Bridge(
+            channels=self.encoder.channels, grid=self.encoder.grid, width=decoder["n_embd"], **bridge
+        )
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Map (B, 3, H, W) uint8 pictures to their (B, N, D) memory."""
+        return self.bridge(self.encoder(images))
+
+    def hidden_states(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The decoder's last hidden states, (B, K, T, D), of K captions of each picture, (B, K, T)."""
+        memory = self.decoder.project_memory(self.encode(images))
+        hidden: Tensor = self.decoder(tokens.flatten(0, 1), memory)  # (B*K, T, D)
+        return hidden.unflatten(0, tokens.shape[:2])
+
+    def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """The (B, K, T, V) logits of the token after each; a loss that needs fewer starts from `hidden_states`."""
+        return self.decoder.logits(self.hidden_states(images, tokens))
+
+    def start(self, images: Tensor, max_tokens: int) -> DecodingState:
+        """Encode (B, 3, H, W) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
+
+        Raises:
+            InputError: the decoder has no positions for that many.
+        """
+        if max_tokens > self.decoder.wpe.num_embeddings:
+            raise InputError(
+                f"decoding.max_tokens={max_tokens} is more than the decoder's "
+                f"model.decoder.n_positions={self.decoder.wpe.num_embeddings}"
+            )
+        return DecodingState(self.decoder, self.encode(images), max_tokens)
+
+
+class DecodingState:
+    """The step function that `efficap.decoding` drives, over the pictures it was started with.
+
+    The memory's keys and values are projected once and shared by all rows of a picture.
+    """
+
+    def __init__(self, decoder: GPT2, memory: Tensor, max_tokens: int) -> None:
+        self.decoder = decoder
+        self.cache = DecodingCache(decoder.project_memory(memory), max_tokens)
+
+    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
+        """Feed each row's newest token, (R,); row r continues row parents[r]. Returns (R, V) float32 logits."""
+        if parents is not None:
+            self.cache.reorder(parents)
+        return self.decoder.step(ids, self.cache).to(torch.float32)

@@ -1,0 +1,158 @@
+"""The image encoder: any timm EfficientNet, from uint8 pictures to its last feature map.
+
+B images, H x W pixels, C channels of the last feature map, h x w its positions.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from efficap.errors import InputError
+
+MIN_IMAGE_SIZE = 32  # one position of a stride-32 feature map
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderSpec:
+    """What timm knows of an EfficientNet before it is built.
+
+    Attributes:
+        name: timm's name, with the tag of its weights where there is one.
+        mean, std: per channel, of pictures scaled to 0 … 1.
+        interpolation: how pictures are resized for these weights (``bicubic``, ``bilinear``).
+        crop_pct: the share of a resized picture's side that the central crop keeps.
+    """
+
+    name: str
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_pct: float
+
+    @classmethod
+    def of(cls, name: str) -> EncoderSpec:
+        """Look up `name` in timm's registry.
+
+        Raises:
+            InputError: timm has no EfficientNet of that name or no weights of that tag; the nearest are named.
+        """
+        _check_name(name)
+        pretrained_cfg = timm.get_pretrained_cfg(name)
+        assert pretrained_cfg is not None, name
+        return cls(
+            name=name,
+            mean=tuple(pretrained_cfg.mean),
+            std=tuple(pretrained_cfg.std),
+            interpolation=pretrained_cfg.interpolation,
+            crop_pct=pretrained_cfg.test_crop_pct or pretrained_cfg.crop_pct,
+        )
+
+
+def _check_name(name: str) -> None:
+    architecture, _, tag = name.partition(".")
+    known = timm.list_models(module="efficientnet")
+    if architecture not in known:
+        near = difflib.get_close_matches(architecture, known, n=3, cutoff=0.4)
+        raise InputError(
+            f"model.encoder.name={name} is no EfficientNet that timm knows; "
+            f"nearest: {', '.join(near) or 'none'}; all: timm.list_models(module='efficientnet')"
+        )
+    tags = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")]
+    if tag and tag not in tags:
+        raise InputError(
+            f"model.encoder.name={name}: {architecture} has no weights tagged {tag!r}; "
+            f"its tags: {', '.join(tags) or 'none'}"
+        )
+
+
+class ImageEncoder(nn.Module):
+    """A timm EfficientNet without its classifier; normalises its own input.
+
+    Args:
+        name: timm's name, tag included, as ``tf_efficientnetv2_s.in21k_ft_in1k``.
+        image_size: pixels of the square pictures that it will be given, at least 32.
+        mean, std: per channel, of pictures scaled to 0 … 1.
+        frozen: no gradients, and BatchNorm keeps the statistics of its weights.
+        drop_path_rate: stochastic depth (Huang et al., 2016), 0 … 1.
+
+    Raises:
+        InputError: an unknown name or a picture size below 32.
+    """
+
+    backbone: Any  # timm has no types
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        image_size: int,
+        mean: tuple[float, float, float],
+        std: tuple[float, float, float],
+        frozen: bool,
+        drop_path_rate: float,
+    ) -> None:
+        super().__init__()
+        if image_size < MIN_IMAGE_SIZE:
+            raise InputError(
+                f"model.image_size={image_size} must be at least {MIN_IMAGE_SIZE} pixels, one latent position"
+            )
+        _check_name(name)
+        self.backbone = timm.create_model(name, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+        self.backbone.to(memory_format=torch.channels_last)
+        self.frozen = frozen
+        if frozen:
+            self.backbone.requires_grad_(False)
+        # Not in the weights file: they belong to the preprocessing, which the run's configuration holds.
+        self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        self.channels: int = self.backbone.num_features
+        self.reduction: int = self.backbone.feature_info[-1]["reduction"]
+        side = -(-image_size // self.reduction)
+        self.grid = (side, side)
+
+    def load_pretrained(self, name: str, file: str | None) -> None:
+        """Load ImageNet weights: timm's own for `name` from the hub, or `file` (.safetensors or .pth).
+
+        Raises:
+            InputError: no such weights, no such file, or no network.
+        """
+        self.backbone.load_state_dict(_pretrained_weights(name, file))
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """Like any module's, but a frozen encoder stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, H, W) uint8 pictures to their (B, C, h, w) feature maps."""
+        x = (images.to(self.mean.dtype) - self.mean) / self.std  # (B, 3, H, W)
+        x = x.contiguous(memory_format=torch.channels_last)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            return self.backbone.forward_features(x)  # (B, C, h, w)
+
+
+def _pretrained_weights(name: str, file: str | None) -> dict[str, Tensor]:
+    way_out = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
+    if file is not None and not Path(file).is_file():
+        raise InputError(f"model.encoder.weights_file={file} does not exist")
+    if file is None and not timm.is_model_pretrained(name):
+        raise InputError(f"model.encoder.name={name}: timm publishes no weights for it; {way_out}")
+    overlay = {"file": file, "hf_hub_id": None, "url": ""} if file else None
+    try:
+        # timm adapts the first convolution and drops the classifier while it loads, so it is built once more here.
+        source = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # the hub client raises its own, httpx's and OSError, by version
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"model.encoder.name={name}: cannot load its pretrained weights ({reason}); {way_out}"
+        ) from error
+    return dict(source.state_dict())

@@ -1,0 +1,131 @@
+"""Text to ids and back: the one place that knows who BOS, EOS and padding are."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import ByteLevel as ByteLevelProcessor
+
+from efficap.errors import InputError
+from efficap.hub import pretrained_files
+
+END_OF_TEXT = "<|endoftext|>"
+_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
+
+
+class CaptionTokenizer:
+    """A byte-level BPE with GPT-2's one special token, ``<|endoftext|>``.
+
+    GPT-2 puts that token between texts, so it is BOS and EOS alike: it is read only at the first position and
+    written only at the last. Padding uses it too and is told apart by length, never by id.
+
+    Attributes:
+        bos_id, eos_id, pad_id: int.
+        vocab_size: number of ids, special tokens included.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
+        if end_of_text is None:
+            raise InputError(
+                f"the tokenizer has no token {END_OF_TEXT}; GPT-2's and those made from it have one"
+            )
+        self._tokenizer = tokenizer
+        self.bos_id = self.eos_id = self.pad_id = int(end_of_text)
+        self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
+
+    @classmethod
+    def pretrained(cls, name: str) -> CaptionTokenizer:
+        """GPT-2's tokenizer from a directory (tokenizer.json, or vocab.json and merges.txt) or a hub name.
+
+        Raises:
+            InputError: nothing of the kind is there, or there is no network.
+        """
+        way_out = (
+            "give a directory with vocab.json and merges.txt, "
+            "or model.tokenizer.name=null to learn one from the captions"
+        )
+        setting = "model.tokenizer.name"
+        directory = pretrained_files(setting, name, _FILES, way_out)
+        if (directory / "tokenizer.json").is_file():
+            return cls(Tokenizer.from_file(str(directory / "tokenizer.json")))
+        vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
+        if not (vocabulary.is_file() and merges.is_file()):
+            raise InputError(
+                f"{setting}={name} holds neither tokenizer.json nor vocab.json and merges.txt; {way_out}"
+            )
+        tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)), add_prefix_space=False)
+        tokenizer.add_special_tokens([END_OF_TEXT])
+        return cls(tokenizer)
+
+    @classmethod
+    def learn(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
+        """Learn a byte-level BPE of at most `vocab_size` ids from captions.
+
+        Raises:
+            InputError: fewer than the 256 bytes and the special token.
+        """
+        smallest = len(pre_tokenizers.ByteLevel.alphabet()) + 1
+        if vocab_size < smallest:
+            raise InputError(
+                f"model.tokenizer.vocab_size={vocab_size} must be at least {smallest}: 256 bytes and {END_OF_TEXT}"
+            )
+        # With a space before it, the first word of a caption is the same token as elsewhere.
+        tokenizer = _byte_level(models.BPE(), add_prefix_space=True)
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(captions, trainer)
+        return cls(tokenizer)
+
+    @classmethod
+    def load(cls, directory: Path) -> CaptionTokenizer:
+        """What `save` wrote.
+
+        Raises:
+            InputError: no tokenizer is there.
+        """
+        file = directory / "tokenizer.json"
+        if not file.is_file():
+            raise InputError(f"{file} does not exist; a run directory holds its tokenizer there")
+        return cls(Tokenizer.from_file(str(file)))
+
+    def save(self, directory: Path) -> None:
+        """Write tokenizer.json and, so that transformers' AutoTokenizer loads it too, tokenizer_config.json."""
+        directory.mkdir(parents=True, exist_ok=True)
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+    def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
+        """Each caption as ``BOS w1 … wn EOS``; words beyond `max_tokens` ids are cut, EOS stays.
+
+        Returns:
+            The ids of each caption, and the number of captions that were cut.
+        """
+        cut = 0
+        encoded = []
+        for encoding in self._tokenizer.encode_batch(list(captions), add_special_tokens=False):
+            words = encoding.ids
+            cut += len(words) > max_tokens - 2
+            encoded.append([self.bos_id, *words[: max_tokens - 2], self.eos_id])
+        return encoded, cut
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens left out, white space collapsed."""
+        return " ".join(self._tokenizer.decode(list(ids), skip_special_tokens=True).split())
+
+
+def _byte_level(model: models.BPE, add_prefix_space: bool) -> Tokenizer:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = ByteLevelProcessor(trim_offsets=False)
+    return tokenizer

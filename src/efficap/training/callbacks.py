@@ -1,0 +1,171 @@
+"""What a training leaves in its run directory: the best weights, metrics.json, curves and sample captions."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import WandbLogger
+from torch import Tensor
+
+from efficap.batch import CaptionBatch
+from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
+from efficap.models.pretrained import save_weights
+from efficap.training.module import CaptionModule
+
+METRICS_FILE = "metrics.json"
+
+
+class BestCheckpoint(ModelCheckpoint):
+    """Lightning's checkpoint of the best val/CIDEr, and its weights alone as model.safetensors.
+
+    The weights are taken from the checkpoint, since that holds the averaged ones where there is an average.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        super().__init__(
+            dirpath=run_dir / "checkpoints",
+            filename="best",
+            monitor="val/CIDEr",
+            mode="max",
+            save_last=True,
+            enable_version_counter=False,
+            auto_insert_metric_name=False,
+        )
+        self.run_dir = run_dir
+        self._exported: Tensor | None = None
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        if self.best_model_score is self._exported or not trainer.is_global_zero:
+            return
+        checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True)
+        prefix = "captioner."
+        weights = checkpoint["state_dict"]
+        save_weights({key.removeprefix(prefix): value for key, value in weights.items()}, self.run_dir)
+        self._exported = self.best_model_score
+
+
+class RunMetrics(Callback):
+    """Counts image-caption pairs and their rate, and keeps metrics.json and curves.png up to date.
+
+    The rate is of training alone: validations are not counted in its time.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self.run_dir = run_dir
+        self.pairs: Tensor | None = None  # on the device: reading it at every step would wait for the step
+        self.seconds = 0.0
+        self.history: list[dict[str, float | None]] = []
+        self._resumed_at = 0.0
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._resumed_at = time.monotonic()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: CaptionBatch,
+        batch_idx: int,
+    ) -> None:
+        pairs = (batch.lengths > 0).sum()
+        self.pairs = pairs if self.pairs is None else self.pairs + pairs
+        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            pl_module.log("train/pairs_per_second", self._rate())
+
+    def _rate(self) -> float:
+        now = time.monotonic()
+        self.seconds, self._resumed_at = self.seconds + now - self._resumed_at, now
+        return int(self.pairs or 0) / max(self.seconds, 1e-9)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._rate()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero:
+            return
+        entry: dict[str, float | None] = {"step": trainer.global_step}
+        for key, value in trainer.callback_metrics.items():
+            if key.startswith("val/"):
+                entry[key] = float(value) if math.isfinite(value) else None  # JSON has no NaN
+        self.history.append(entry)
+        self._resumed_at = time.monotonic()
+        self._write(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self._rate()
+            self._write(trainer)
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        for logger in trainer.loggers:
+            logger.save()
+        if (self.run_dir / "metrics.csv").is_file():
+            plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
+        parameters = list(trainer.lightning_module.parameters())
+        metrics = {
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "pairs": int(self.pairs or 0),
+            "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
+            "training_seconds": self.seconds,
+            "parameters": sum(p.numel() for p in parameters),
+            "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
+            "best": max(self.history, key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
+            "last": self.history[-1] if self.history else None,
+        }
+        temporary = self.run_dir / f"{METRICS_FILE}.tmp"
+        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
+        os.replace(temporary, self.run_dir / METRICS_FILE)
+
+
+class SampleCaptions(Callback):
+    """After each validation a page of pictures, captions and references; in W&B a table of the same.
+
+    Args:
+        run_dir: pages go to its folder ``samples``.
+        files: where the picture of each image id lies.
+        count: pictures a page, always the same ones.
+    """
+
+    def __init__(self, run_dir: Path, files: dict[str, Path], count: int = 24) -> None:
+        self.run_dir, self.files, self.count = run_dir, files, count
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or self.count < 1:
+            return
+        assert isinstance(pl_module, CaptionModule)
+        stride = max(1, len(pl_module.predictions) // self.count)
+        chosen = list(itertools.islice(pl_module.predictions, 0, stride * self.count, stride))
+        items = [
+            GalleryItem(self.files[image_id], pl_module.predictions[image_id], pl_module.references[image_id])
+            for image_id in chosen
+        ]
+        cider = float(trainer.callback_metrics["val/CIDEr"])
+        write_gallery(
+            self.run_dir / "samples" / f"step_{trainer.global_step:07d}.html",
+            items,
+            title=f"Step {trainer.global_step}",
+            subtitle=f"val/CIDEr {cider:.3f}",
+        )
+        for logger in trainer.loggers:
+            if isinstance(logger, WandbLogger):
+                _log_table(logger, items)
+
+
+def _log_table(logger: WandbLogger, items: list[GalleryItem]) -> None:
+    import wandb
+
+    rows = [[wandb.Image(str(item.image)), item.caption, "\n".join(item.references)] for item in items]
+    logger.log_table("val/samples", columns=["image", "caption", "references"], data=rows)

@@ -1,0 +1,141 @@
+"""The training step: model, loss, optimiser and scores joined. No maths of its own.
+
+B images, K captions of each, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+
+from efficap.batch import CaptionBatch
+from efficap.decoding import Decoding
+from efficap.evaluation.scores import distinct_share, score_captions
+from efficap.models.captioner import Captioner
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.losses import caption_loss
+from efficap.training.optim import build_adamw
+
+VALIDATION_METRICS = ("BLEU", "CIDEr")  # METEOR alone takes longer to start than these take
+
+
+class CaptionModule(pl.LightningModule):
+    """Trains a captioner and, in validation, scores the captions that it writes.
+
+    Args:
+        captioner: the model.
+        tokenizer: decodes what it writes.
+        decoding: how it writes in validation.
+        optimizer: keyword arguments of `build_adamw`.
+        label_smoothing: of the training loss; the validation loss has none.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        tokenizer: CaptionTokenizer,
+        decoding: Decoding,
+        *,
+        optimizer: Mapping[str, Any],
+        label_smoothing: float,
+    ) -> None:
+        super().__init__()
+        self.captioner = captioner
+        self.tokenizer = tokenizer
+        self.decoding = decoding
+        self.optimizer_settings = dict(optimizer)
+        self.label_smoothing = label_smoothing
+        self.predictions: dict[str, str] = {}
+        self.references: dict[str, list[str]] = {}
+
+    def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
+        loss, _count = self._loss(batch, self.label_smoothing)
+        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        return loss
+
+    def on_validation_epoch_start(self) -> None:
+        self.predictions, self.references = {}, {}
+
+    def validation_step(self, batch: CaptionBatch, _: int) -> None:
+        loss, count = self._loss(batch, label_smoothing=0.0)
+        self.log("val/loss", loss, prog_bar=True, batch_size=int(count), sync_dist=True)
+        captions = write_captions(
+            self.captioner, self.tokenizer, self.decoding, batch.images, batch.image_ids
+        )
+        assert batch.references is not None
+        self.predictions |= dict(zip(batch.image_ids, captions, strict=True))
+        self.references |= dict(zip(batch.image_ids, batch.references, strict=True))
+
+    def on_validation_epoch_end(self) -> None:
+        self.predictions, self.references = _gather(self.predictions), _gather(self.references)
+        scores = score_captions(self.predictions, self.references, metrics=VALIDATION_METRICS)
+        for metric in ("CIDEr", "BLEU-4"):
+            value = scores[metric]
+            if not isinstance(value, float):
+                warnings.warn(f"val/{metric} failed: {scores}", stacklevel=1)
+                value = math.nan  # never the best, and training goes on
+            self.log(f"val/{metric}", value, prog_bar=True)
+        self.log("val/distinct", distinct_share(list(self.predictions.values())))
+
+    def _loss(self, batch: CaptionBatch, label_smoothing: float) -> tuple[Tensor, Tensor]:
+        hidden = self.captioner.hidden_states(batch.images, batch.tokens[..., :-1])  # (B, K, T - 1, D)
+        return caption_loss(
+            hidden,
+            self.captioner.decoder.wte.weight,
+            batch.tokens,
+            batch.lengths,
+            label_smoothing=label_smoothing,
+        )
+
+    def configure_optimizers(self) -> Any:
+        optimizer, schedule = build_adamw(self.captioner, self._progress, **self.optimizer_settings)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _progress(self, step: int) -> float:
+        """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""
+        shares = [step / float(self.trainer.estimated_stepping_batches)]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, Timer):
+                elapsed, remaining = callback.time_elapsed(), callback.time_remaining()
+                if remaining is not None:
+                    shares.append(elapsed / (elapsed + remaining))
+        return max(shares)
+
+
+@torch.no_grad()
+def write_captions(
+    captioner: Captioner,
+    tokenizer: CaptionTokenizer,
+    decoding: Decoding,
+    images: Tensor,
+    image_ids: list[str],
+) -> list[str]:
+    """A caption for each of the (B, 3, H, W) uint8 pictures."""
+    decoded = decoding.decode(
+        captioner.start(images, decoding.max_tokens),
+        image_ids,
+        bos_id=tokenizer.bos_id,
+        eos_id=tokenizer.eos_id,
+        device=images.device,
+    )
+    return [
+        tokenizer.decode(ids[:length])
+        for ids, length in zip(decoded.tokens[:, 0].tolist(), decoded.lengths[:, 0].tolist(), strict=True)
+    ]
+
+
+def _gather(mine: dict[str, Any]) -> dict[str, Any]:
+    """All processes' entries; a picture that a distributed sampler repeats counts once."""
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return mine
+    parts: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(parts, mine)
+    return {key: value for part in parts for key, value in part.items()}

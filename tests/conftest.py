@@ -1,0 +1,134 @@
+"""Tiny models, tables and runs that the tests make themselves; one thread, no network, no W&B."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+os.environ["WANDB_MODE"] = "disabled"
+os.environ["HF_HUB_OFFLINE"] = "1"  # a name on the hub fails at once
+
+WORDS = ["red", "green", "blue", "grey"]
+SHARED = Path(os.environ.get("EFFICAP_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)  # the suite runs in several processes
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Callable[[str], Path]:
+    """A folder of real data beside the project, at $EFFICAP_SHARED; the test skips where it is absent."""
+
+    def folder(name: str) -> Path:
+        if not (SHARED / name).is_dir():
+            pytest.skip(f"{SHARED / name} is absent; EFFICAP_SHARED gives its place")
+        return SHARED / name
+
+    return folder
+
+
+def tiny_model(**changes: Any) -> dict[str, Any]:
+    """A resolved model configuration of the smallest size: 64 pixels, 4 positions, width 32."""
+    model: dict[str, Any] = {
+        "image_size": 64,
+        "pretrained": False,
+        "encoder": {
+            "name": "test_efficientnet",
+            "pretrained": False,
+            "weights_file": None,
+            "frozen": False,
+            "drop_path_rate": 0.0,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+        },
+        "bridge": {"n_blocks": 1, "n_heads": 4, "dropout": 0.0},
+        "decoder": {
+            "name": None,
+            "pretrained": False,
+            "n_layer": 2,
+            "n_head": 4,
+            "n_embd": 32,
+            "n_positions": 24,
+            "dropout": 0.0,
+        },
+        "tokenizer": {"name": None, "vocab_size": 300},
+        "lr": {"encoder": 1e-3, "bridge": 1e-3, "decoder": 1e-3},
+    }
+    for path, value in changes.items():
+        target = model
+        *parents, last = path.split("__")
+        for parent in parents:
+            target = target[parent]
+        target[last] = value
+    return model
+
+
+@pytest.fixture
+def colour_table(tmp_path: Path) -> Path:
+    """A folder with `captions.csv` and `images/`: plain colours, two captions each; 8 train, 4 val, 4 test."""
+    rng = np.random.default_rng(0)
+    colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
+    (tmp_path / "images").mkdir()
+    rows = []
+    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+        for number in range(count):
+            word = WORDS[number % len(WORDS)]
+            noise = rng.integers(-20, 20, (72, 80, 3))
+            pixels = np.clip(np.array(colours[word]) + noise, 0, 255).astype(np.uint8)
+            name = f"{split}_{number}.jpg"
+            Image.fromarray(pixels).save(tmp_path / "images" / name)
+            rows += [(name, f"a {word} picture", split), (name, f"all of it is {word}", split)]
+    pd.DataFrame(rows, columns=["file_name", "caption", "split"]).to_csv(tmp_path / "captions.csv", index=False)
+    return tmp_path
+
+
+def compose(config_name: str, *overrides: str) -> dict[str, Any]:
+    """The plain configuration that an entry point would be given."""
+    import hydra
+
+    from efficap.commands.entry import CONF, plain
+
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(hydra.compose(config_name, overrides=list(overrides)))
+
+
+def tiny_overrides(table_dir: Path, output_dir: Path) -> list[str]:
+    """Overrides for train.py: the smallest model on `colour_table`, three epochs on the CPU, no W&B."""
+    return [
+        "model=tiny",
+        "data=csv",
+        f"data.table={table_dir}/captions.csv",
+        f"data.image_dir={table_dir}/images",
+        "name=test",
+        f"output_dir={output_dir}",
+        "logger=csv",
+        "trainer=cpu",
+        "trainer.max_epochs=3",
+        "trainer.enable_progress_bar=false",
+        "trainer.log_every_n_steps=1",
+        "optimizer.warmup_steps=2",
+        "data.num_workers=0",
+        "data.batch_size=4",
+        "data.captions_per_image=2",
+        "data.max_tokens=12",
+        "decoding.max_tokens=12",
+        "model.image_size=64",
+        "model.encoder.name=test_efficientnet",
+        "model.bridge.n_blocks=1",
+        "model.decoder.n_layer=2",
+        "model.decoder.n_embd=32",
+        "model.tokenizer.vocab_size=300",
+    ]

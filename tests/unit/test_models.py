@@ -1,0 +1,224 @@
+"""The captioner: against transformers, against itself with and without cache, and as something that learns."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from safetensors.torch import load_file
+from torch import Tensor
+
+from efficap.errors import InputError
+from efficap.models.bridge import Bridge
+from efficap.models.captioner import Captioner
+from efficap.models.encoder import EncoderSpec
+from efficap.models.gpt2 import GPT2, DecodingCache
+from efficap.models.pretrained import build_captioner, gpt2_state_dict
+from efficap.training.losses import caption_loss
+
+VOCAB = 97
+
+
+def random_images(count: int, size: int = 64) -> Tensor:
+    return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Every weight random, also those that start at zero or one, so that nothing is equal by being absent."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.2)
+
+
+@pytest.fixture
+def captioner() -> Captioner:
+    model = build_captioner(tiny_model(), VOCAB).eval()
+    randomise(model.decoder)
+    return model
+
+
+@pytest.fixture
+def pair() -> tuple[GPT2, torch.nn.Module]:
+    """This project's GPT-2 and transformers', with the same random weights."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=3, n_head=4, add_cross_attention=True
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    randomise(theirs)
+    ours = GPT2(vocab_size=VOCAB, n_positions=24, n_embd=32, n_layer=3, n_head=4, dropout=0.1).eval()
+    weights = gpt2_state_dict(theirs.state_dict())
+    ours.load_state_dict(weights)  # strict: every weight has its counterpart
+    return ours, theirs
+
+
+def test_gpt2_equals_transformers_without_cache(pair: tuple[GPT2, torch.nn.Module]) -> None:
+    ours, theirs = pair
+    tokens, memory = torch.randint(0, VOCAB, (6, 11)), torch.randn(6, 5, 32)
+    with torch.no_grad():
+        expected = theirs(tokens, encoder_hidden_states=memory).logits
+        actual = ours.logits(ours(tokens, ours.project_memory(memory)))
+    assert (actual - expected).abs().max() < 2e-4
+
+
+def test_gpt2_equals_transformers_with_cache(pair: tuple[GPT2, torch.nn.Module]) -> None:
+    ours, theirs = pair
+    tokens, memory = torch.randint(0, VOCAB, (4, 9)), torch.randn(4, 5, 32)
+    past = None
+    cache = DecodingCache(ours.project_memory(memory), max_tokens=9)
+    with torch.no_grad():
+        for t in range(9):
+            output = theirs(
+                tokens[:, t : t + 1], encoder_hidden_states=memory, past_key_values=past, use_cache=True
+            )
+            past = output.past_key_values
+            assert (ours.step(tokens[:, t], cache) - output.logits[:, -1]).abs().max() < 2e-4
+
+
+def test_gpt2_gives_the_published_logits(shared: object) -> None:
+    folder = shared("parity") / "gpt2_tiny"  # type: ignore[operator]
+    io = np.load(folder / "io.npz")
+    decoder = GPT2(vocab_size=97, n_positions=24, n_embd=32, n_layer=2, n_head=4, dropout=0.0).eval()
+    decoder.load_state_dict(
+        gpt2_state_dict(load_file(folder / "hf_safetensors/model.safetensors")), strict=False
+    )
+    tokens = torch.from_numpy(io["tokens"]).long()
+    with torch.no_grad():  # cross-attention starts at zero: the language model alone speaks
+        logits = decoder.logits(decoder(tokens, decoder.project_memory(torch.randn(2, 5, 32))))
+    assert np.abs(logits.numpy() - io["logits"]).max() < 2e-4
+
+
+def test_a_fresh_cross_attention_leaves_the_language_model_as_it_is() -> None:
+    decoder = build_captioner(tiny_model(), VOCAB).decoder.eval()
+    tokens = torch.randint(0, VOCAB, (2, 7))
+    one, other = (decoder(tokens, decoder.project_memory(torch.randn(2, 4, 32))) for _ in range(2))
+    assert torch.equal(one, other)
+
+
+def test_captions_of_a_picture_share_its_memory(captioner: Captioner) -> None:
+    images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
+    together = captioner(images, tokens)  # (2, 3, 8, V)
+    for k in range(3):
+        alone = captioner(images, tokens[:, k : k + 1])
+        assert torch.allclose(together[:, k : k + 1], alone, atol=1e-5)
+
+
+def test_k_captions_in_a_batch_give_the_loss_and_gradients_of_k_pairs() -> None:
+    captioner = build_captioner(tiny_model(), VOCAB).eval()  # BatchNorm in training would see other batches
+    randomise(captioner.decoder)
+    images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
+    lengths = torch.tensor([[8, 5, 3], [6, 8, 0]])
+
+    def loss_and_gradients(images: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
+        captioner.zero_grad()
+        hidden = captioner.hidden_states(images, tokens[..., :-1])
+        loss, _ = caption_loss(hidden, captioner.decoder.wte.weight, tokens, lengths, label_smoothing=0.1)
+        loss.backward()
+        return loss.detach(), [p.grad.clone() for p in captioner.parameters() if p.grad is not None]
+
+    loss, gradients = loss_and_gradients(images, tokens, lengths)
+    pairs = images.repeat_interleave(3, dim=0), tokens.reshape(6, 1, 8), lengths.reshape(6, 1)
+    pair_loss, pair_gradients = loss_and_gradients(*pairs)
+    assert abs(loss - pair_loss) < 1e-5
+    for one, other in zip(gradients, pair_gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_cached_steps_equal_the_whole_sequence_with_reordered_rows(captioner: Captioner) -> None:
+    images = random_images(2)
+    first, rest = torch.randint(0, VOCAB, (2, 1)), torch.randint(0, VOCAB, (6, 6))
+    parents = torch.tensor([0, 0, 0, 1, 1, 1])
+    shuffle = torch.tensor([2, 0, 1, 5, 5, 3])
+    with torch.no_grad():
+        state = captioner.start(images, max_tokens=7)
+        state(first[:, 0], None)
+        rows = torch.cat([first[parents], rest], dim=1)  # (6, 7)
+        state(rows[:, 1], parents)
+        state(rows[:, 2], None)
+        logits = state(rows[shuffle, 3], shuffle)
+        whole = captioner(images, rows[shuffle, :4].view(2, 3, 4))[:, :, -1].flatten(0, 1)
+    assert (logits - whole).abs().max() < 1e-5
+
+
+def test_gradients_reach_the_pixels(captioner: Captioner) -> None:
+    images = random_images(1).float().requires_grad_()
+    captioner(images, torch.randint(0, VOCAB, (1, 2, 5))).sum().backward()
+    assert images.grad is not None
+    assert (images.grad.abs() > 0).float().mean() > 0.9
+
+
+def test_one_batch_is_overfitted() -> None:
+    captioner = build_captioner(tiny_model(decoder__n_embd=64), VOCAB).train()
+    images, tokens = random_images(4), torch.randint(0, VOCAB, (4, 2, 8))
+    tokens[:, 1] = tokens[:, 0]  # two different captions of one picture could not both be learned by heart
+    lengths = torch.full((4, 2), 8)
+    tokens[..., 0] = 0
+    optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
+    for _ in range(150):
+        hidden = captioner.hidden_states(images, tokens[..., :-1])
+        loss, _ = caption_loss(hidden, captioner.decoder.wte.weight, tokens, lengths, label_smoothing=0.0)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if loss < 0.05:
+            break
+    assert loss < 0.05
+
+
+def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradients() -> None:
+    captioner = build_captioner(tiny_model(encoder__frozen=True), VOCAB).train()
+    before = {key: value.clone() for key, value in captioner.encoder.state_dict().items()}
+    captioner(random_images(4), torch.randint(0, VOCAB, (4, 1, 5))).sum().backward()
+    assert all(torch.equal(before[key], value) for key, value in captioner.encoder.state_dict().items())
+    assert all(parameter.grad is None for parameter in captioner.encoder.parameters())
+    assert captioner.bridge.project.weight.grad is not None
+
+
+def test_the_encoder_normalises_with_the_mean_and_std_it_was_given() -> None:
+    captioner = build_captioner(tiny_model(encoder__mean=[0.1, 0.2, 0.3], encoder__std=[0.5, 0.6, 0.7]), VOCAB)
+    images = random_images(2)
+    mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
+    expected = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+    encoder = captioner.encoder.eval()
+    assert torch.allclose(encoder(images), encoder.backbone.forward_features(expected), atol=1e-4)
+
+
+def test_positions_are_interpolated_to_another_picture_size(captioner: Captioner) -> None:
+    assert captioner.encode(random_images(1, size=64)).shape == (1, 4, 32)
+    assert captioner.encode(random_images(1, size=96)).shape == (1, 9, 32)
+
+
+def test_interpolated_positions_keep_a_linear_ramp() -> None:
+    bridge = Bridge(channels=8, grid=(8, 8), width=4, n_blocks=0, n_heads=1, dropout=0.0)
+    ramp = torch.arange(8.0).repeat_interleave(8)[:, None].expand(64, 4)
+    bridge.positions.weight.data.copy_(ramp)
+    larger = bridge._positions_for(16, 16).unflatten(0, (16, 16))[..., 0]
+    expected = (torch.arange(16.0) + 0.5) / 2 - 0.5  # sample centres of twice as many rows
+    assert torch.allclose(larger[4:12, 8], expected[4:12], atol=0.06)  # the cubic follows a line within 0.05
+
+
+def test_preprocessing_comes_from_the_weights_not_from_the_name() -> None:
+    assert EncoderSpec.of("tf_efficientnetv2_s.in21k_ft_in1k").mean == (0.5, 0.5, 0.5)
+    assert EncoderSpec.of("efficientnet_b0.ra_in1k").mean == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 16}, "model.image_size=16 must be at least 32"),
+        ({"bridge__n_heads": 5}, "model.bridge.n_heads=5 must divide .*model.decoder.n_embd=32"),
+        ({"decoder__n_head": 3}, "model.decoder.n_head=3 must divide model.decoder.n_embd=32"),
+        ({"encoder__name": "efficientnet_bo"}, "model.encoder.name=efficientnet_bo .*nearest: efficientnet_b"),
+        ({"encoder__name": "efficientnet_b0.nope"}, "no weights tagged 'nope'; its tags: .*ra_in1k"),
+    ],
+)
+def test_a_model_that_cannot_be_built_is_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        build_captioner(tiny_model(**changes), VOCAB)
+
+
+def test_more_tokens_than_the_decoder_has_positions_are_refused(captioner: Captioner) -> None:
+    with pytest.raises(InputError, match=r"decoding.max_tokens=25 is more than .*n_positions=24"):
+        captioner.start(random_images(1), max_tokens=25)
