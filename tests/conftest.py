@@ -91,7 +91,9 @@ def colour_table(tmp_path: Path) -> Path:
             name = f"{split}_{number}.jpg"
             Image.fromarray(pixels).save(tmp_path / "images" / name)
             rows += [(name, f"a {word} picture", split), (name, f"all of it is {word}", split)]
-    pd.DataFrame(rows, columns=["file_name", "caption", "split"]).to_csv(tmp_path / "captions.csv", index=False)
+    pd.DataFrame(rows, columns=["file_name", "caption", "split"]).to_csv(
+        tmp_path / "captions.csv", index=False
+    )
     return tmp_path
 
 

@@ -177,7 +177,9 @@ def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradients() -> None:
 
 
 def test_the_encoder_normalises_with_the_mean_and_std_it_was_given() -> None:
-    captioner = build_captioner(tiny_model(encoder__mean=[0.1, 0.2, 0.3], encoder__std=[0.5, 0.6, 0.7]), VOCAB)
+    captioner = build_captioner(
+        tiny_model(encoder__mean=[0.1, 0.2, 0.3], encoder__std=[0.5, 0.6, 0.7]), VOCAB
+    )
     images = random_images(2)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     expected = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -210,7 +212,10 @@ def test_preprocessing_comes_from_the_weights_not_from_the_name() -> None:
         ({"image_size": 16}, "model.image_size=16 must be at least 32"),
         ({"bridge__n_heads": 5}, "model.bridge.n_heads=5 must divide .*model.decoder.n_embd=32"),
         ({"decoder__n_head": 3}, "model.decoder.n_head=3 must divide model.decoder.n_embd=32"),
-        ({"encoder__name": "efficientnet_bo"}, "model.encoder.name=efficientnet_bo .*nearest: efficientnet_b"),
+        (
+            {"encoder__name": "efficientnet_bo"},
+            "model.encoder.name=efficientnet_bo .*nearest: efficientnet_b",
+        ),
         ({"encoder__name": "efficientnet_b0.nope"}, "no weights tagged 'nope'; its tags: .*ra_in1k"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -9,14 +10,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, InstantiationException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from efficap.errors import InputError
 
 Result = TypeVar("Result")
+
+_MISTAKES = (InputError, HydraException, OmegaConfBaseException)
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -26,19 +28,33 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
 
     A mistake of the user's is printed as one line and ends with status 1; HYDRA_FULL_ERROR=1 shows its traceback.
     """
+    # An OpenMP thread that spins while it waits holds up the one it waits for wherever cores are shared, with loader
+    # processes or other virtual machines: a step was seen to take seven times as long. Read when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them its own way
 
+    failed = False
+
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
-    def main(cfg: DictConfig) -> Result:
-        return function(plain(cfg))
+    def main(cfg: DictConfig) -> Result | None:
+        nonlocal failed
+        try:
+            return function(plain(cfg))
+        except _MISTAKES as error:
+            if wants_traceback:
+                raise
+            failed = True  # and the other jobs of a sweep go on
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+            return None
 
     try:
         main()
-    except (InputError, HydraException, OmegaConfBaseException) as error:
+    except _MISTAKES as error:  # in composing
         if wants_traceback:
             raise
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(f"error: {_one_line(error)}")
+    if failed:
         sys.exit(1)
 
 
@@ -56,20 +72,15 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def output_dir() -> Path:
-    """The run directory that Hydra made for this job."""
-    return Path(HydraConfig.get().runtime.output_dir)
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
+        error = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(str(error.missing_cfg_file), error.options)
     return " ".join(str(error).split())
 
 
 def _unknown_option(asked: str, options: object) -> str:
-    import difflib
-
     group, _, option = asked.rpartition("/")
     known = [str(known) for known in options] if isinstance(options, (list, tuple)) else []
     near = difflib.get_close_matches(option, known, n=3, cutoff=0.3)

@@ -87,7 +87,7 @@ def _gradient(size: int, top: RGB, bottom: RGB) -> Pixels:
 def _noise(size: int, rng: Random) -> Pixels:
     """(size, size) in -0.5 to 0.5, from Python's generator: numpy's may change between versions."""
     values = np.frombuffer(rng.randbytes(size * size), np.uint8)
-    return values.reshape(size, size).astype(np.float32) / 255 - 0.5
+    return np.asarray(values.reshape(size, size) / 255 - 0.5, np.float32)
 
 
 def _smooth(values: Pixels, width: int, axis: int) -> Pixels:

@@ -43,7 +43,7 @@ class Wording:
         texture_after: whether a texture follows its shape ("with stripes").
         place: whether the background is told.
         rare_place: whether in its less usual words.
-        turned: whether to start with the second part, or to call equal objects a group.
+        turned: whether to start with the second part, or to call equal objects a pair or a group.
     """
 
     frame: str = "{}"
@@ -73,7 +73,8 @@ def write_caption(scene: Scene, wording: Wording = Wording()) -> str:
     if not rest:
         content = first
         if wording.turned and count > 1:
-            content, count = f"a group of {first}", 1
+            content = "a pair of " + first.removeprefix("two ") if count == 2 else f"a group of {first}"
+            count = 1  # "there is a group"
     elif not wording.turned:
         content = f"{first} {_RELATIONS[scene.relation]} {rest[0]}"
     else:

@@ -53,7 +53,8 @@ def _quarters(rng: Random, diameters: Sequence[float]) -> tuple[Spot, ...]:
 
 def beside(rng: Random, relation: str, sizes: tuple[str, str]) -> tuple[Spot, Spot]:
     """Two spots, the first ``left``, ``right``, ``above`` or ``below`` the second, beyond doubt."""
-    first, second = (_diameter(rng, size) for size in sizes)
+    crowded = sizes == ("large", "large")  # in a row, two of full size leave no gap
+    first, second = (_diameter(rng, size, crowded=crowded) for size in sizes)
     before = relation in ("left", "above")
     low, high = (first, second) if before else (second, first)
     room = 1 - low - high - 3 * _GAP

@@ -100,11 +100,6 @@ class Scene:
     grain: int
 
     @property
-    def is_irregular(self) -> bool:
-        """Whether some object shows a held-out combination."""
-        return any(part.look.is_odd for part in self.parts)
-
-    @property
     def description(self) -> Scene:
         """The scene without its grain: two pictures with the same description are duplicates."""
         return replace(self, grain=0)

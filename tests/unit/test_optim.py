@@ -1,0 +1,87 @@
+"""Parameter groups and learning rates, against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from conftest import tiny_model
+from torch import nn
+
+from efficap.errors import InputError
+from efficap.models.captioner import Captioner
+from efficap.models.pretrained import build_captioner
+from efficap.training.optim import build_adamw, parameter_groups
+
+LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
+
+
+@pytest.fixture(scope="module")
+def captioner() -> Captioner:
+    return build_captioner(tiny_model(), 97)
+
+
+def test_norms_biases_and_embeddings_are_not_decayed(captioner: Captioner) -> None:
+    decayed = {
+        id(parameter)
+        for group in parameter_groups(captioner, lr=LR, weight_decay=0.1)
+        if group["weight_decay"]
+        for parameter in group["params"]
+    }
+    for module in captioner.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            is_matrix = name == "weight" and isinstance(module, nn.Linear | nn.Conv2d)
+            assert (id(parameter) in decayed) == is_matrix, (module, name)
+
+
+def test_every_trained_parameter_is_in_one_group_with_its_parts_rate(captioner: Captioner) -> None:
+    groups = parameter_groups(captioner, lr=LR, weight_decay=0.1)
+    rates = [(id(parameter), group["lr"]) for group in groups for parameter in group["params"]]
+    assert len(rates) == len(dict(rates)) == len(list(captioner.parameters()))
+    rate = dict(rates)
+    assert rate[id(captioner.encoder.backbone.conv_stem.weight)] == LR["encoder"]
+    assert rate[id(captioner.bridge.project.weight)] == LR["bridge"]
+    block = captioner.decoder.h[0]
+    assert rate[id(block.crossattention.q_attn.weight)] == LR["bridge"], "it starts fresh, as the bridge does"
+    assert rate[id(block.attn.c_attn.weight)] == LR["decoder"]
+
+
+def test_a_frozen_encoder_is_not_given_to_the_optimiser() -> None:
+    frozen = build_captioner(tiny_model(encoder__frozen=True), 97)
+    names = {group["name"] for group in parameter_groups(frozen, lr=LR, weight_decay=0.1)}
+    assert names == {"bridge", "bridge/no_decay", "decoder", "decoder/no_decay"}
+
+
+def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner) -> None:
+    optimizer, schedule = build_adamw(
+        captioner,
+        lambda step: step / 100,
+        lr=LR,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.1,
+        warmup_steps=10,
+        final_lr=0.1,
+    )
+    for step in range(101):
+        cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 100)) / 2
+        expected = LR["encoder"] * min(1, (step + 1) / 10) * cosine
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
+        optimizer.step()
+        schedule.step()
+    assert torch.allclose(torch.tensor(schedule.get_last_lr()[0]), torch.tensor(LR["encoder"] * 0.1), rtol=0.1)
+
+
+def test_a_negative_rate_is_refused(captioner: Captioner) -> None:
+    with pytest.raises(InputError, match=r"optimizer.lr.bridge=-1 must be at least 0"):
+        build_adamw(
+            captioner,
+            lambda step: 0.0,
+            lr={**LR, "bridge": -1},
+            betas=(0.9, 0.98),
+            eps=1e-8,
+            weight_decay=0.1,
+            warmup_steps=10,
+            final_lr=0.1,
+        )

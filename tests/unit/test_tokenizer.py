@@ -1,0 +1,99 @@
+"""Text to ids and back, against transformers' GPT-2 tokenizer where its files are at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from efficap.errors import InputError
+from efficap.tokenizer import CaptionTokenizer
+
+CAPTIONS = ["a red picture", "all of it is red", "a green picture", "two dogs on the grass"] * 3
+LEARNED = CaptionTokenizer.learn(CAPTIONS, vocab_size=300)
+
+
+def test_a_caption_starts_with_bos_and_ends_with_eos() -> None:
+    [ids], cut = LEARNED.encode(["a red picture"], max_tokens=20)
+    assert ids[0] == LEARNED.bos_id
+    assert ids[-1] == LEARNED.eos_id
+    assert cut == 0
+
+
+def test_a_long_caption_is_cut_so_that_eos_stays_and_is_counted() -> None:
+    encoded, cut = LEARNED.encode(["two dogs on the grass " * 5, "red"], max_tokens=6)
+    assert len(encoded[0]) == 6
+    assert encoded[0][-1] == LEARNED.eos_id
+    assert cut == 1
+
+
+@settings(deadline=None)
+@given(st.text())
+def test_any_text_survives_the_way_there_and_back(text: str) -> None:
+    [ids], _ = LEARNED.encode([text], max_tokens=10_000)
+    if "<|endoftext|>" not in text:
+        assert LEARNED.decode(ids) == " ".join(text.split())
+
+
+def test_ids_stay_below_the_vocabulary_size() -> None:
+    encoded, _ = LEARNED.encode([*CAPTIONS, "ÿ€𝄞"], max_tokens=100)
+    assert max(max(ids) for ids in encoded) < LEARNED.vocab_size <= 300
+
+
+def test_a_saved_tokenizer_loads_here_and_in_transformers(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    LEARNED.save(tmp_path)
+    again = CaptionTokenizer.load(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    [ids], _ = LEARNED.encode(["a red picture"], max_tokens=20)
+    assert again.encode(["a red picture"], max_tokens=20)[0] == [ids]
+    assert theirs.decode(ids, skip_special_tokens=True).strip() == "a red picture"
+    assert theirs.eos_token_id == again.eos_id
+
+
+def test_gpt2s_own_tokenizer_equals_transformers(shared: Callable[[str], Path]) -> None:
+    from transformers import GPT2TokenizerFast
+
+    folder = shared("gpt2_bpe")
+    ours, theirs = CaptionTokenizer.pretrained(str(folder)), GPT2TokenizerFast.from_pretrained(folder)
+    captions = ["A man lays on a bench while his dog sits by him .", "naïve café, 3 dogs!", "  two  spaces"]
+    expected = [theirs(caption)["input_ids"] for caption in captions]
+    assert [ids[1:-1] for ids in ours.encode(captions, max_tokens=99)[0]] == expected
+    assert (ours.vocab_size, ours.bos_id, ours.eos_id) == (50257, 50256, 50256)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("/no/such/folder", "model.tokenizer.name=/no/such/folder is no directory; give a directory"),
+        ("openai-community/gpt2", "cannot be had from the hub .*model.tokenizer.name=null"),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_had_names_the_way_out(name: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        CaptionTokenizer.pretrained(name)
+
+
+def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"holds neither tokenizer.json nor vocab.json"):
+        CaptionTokenizer.pretrained(str(tmp_path))
+
+
+def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(
+        json.dumps(
+            {"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}
+        )
+    )
+    with pytest.raises(InputError, match=r"no token <\|endoftext\|>"):
+        CaptionTokenizer.pretrained(str(tmp_path))
+
+
+def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
+    with pytest.raises(InputError, match=r"model.tokenizer.vocab_size=100 must be at least 257"):
+        CaptionTokenizer.learn(CAPTIONS, vocab_size=100)
