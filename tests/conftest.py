@@ -76,12 +76,11 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
     return model
 
 
-@pytest.fixture
-def colour_table(tmp_path: Path) -> Path:
-    """A folder with `captions.csv` and `images/`: plain colours, two captions each; 8 train, 4 val, 4 test."""
+def write_colour_table(folder: Path) -> Path:
+    """Write `captions.csv` and `images/`: plain colours, two captions each; 8 train, 4 val, 4 test."""
     rng = np.random.default_rng(0)
     colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
-    (tmp_path / "images").mkdir()
+    (folder / "images").mkdir(parents=True)
     rows = []
     for split, count in (("train", 8), ("val", 4), ("test", 4)):
         for number in range(count):
@@ -89,12 +88,15 @@ def colour_table(tmp_path: Path) -> Path:
             noise = rng.integers(-20, 20, (72, 80, 3))
             pixels = np.clip(np.array(colours[word]) + noise, 0, 255).astype(np.uint8)
             name = f"{split}_{number}.jpg"
-            Image.fromarray(pixels).save(tmp_path / "images" / name)
+            Image.fromarray(pixels).save(folder / "images" / name)
             rows += [(name, f"a {word} picture", split), (name, f"all of it is {word}", split)]
-    pd.DataFrame(rows, columns=["file_name", "caption", "split"]).to_csv(
-        tmp_path / "captions.csv", index=False
-    )
-    return tmp_path
+    pd.DataFrame(rows, columns=["file_name", "caption", "split"]).to_csv(folder / "captions.csv", index=False)
+    return folder
+
+
+@pytest.fixture
+def colour_table(tmp_path: Path) -> Path:
+    return write_colour_table(tmp_path / "colours")
 
 
 def compose(config_name: str, *overrides: str) -> dict[str, Any]:

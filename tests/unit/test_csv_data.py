@@ -11,6 +11,8 @@ import pandas as pd
 import pytest
 import torch
 from conftest import compose
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from efficap.data.csv import CSVDataModule
@@ -23,7 +25,7 @@ COLUMNS = {"image_column": "file_name", "caption_column": "caption", "split_colu
 
 
 def data_module(folder: Path, *overrides: str, splits: tuple[str, ...] = ("train", "val")) -> CSVDataModule:
-    settings: dict[str, Any] = compose(
+    arguments: dict[str, Any] = compose(
         "train",
         "data=csv",
         "name=test",
@@ -34,8 +36,8 @@ def data_module(folder: Path, *overrides: str, splits: tuple[str, ...] = ("train
         "data.batch_size=4",
         *overrides,
     )["data"]
-    settings.pop("_target_")
-    data = CSVDataModule(**settings)
+    arguments.pop("_target_")
+    data = CSVDataModule(**arguments)
     tokenizer = CaptionTokenizer.learn(data.split("train").captions, 300)
     data.prepare(tokenizer, image_size=64, interpolation="bicubic", crop_pct=1.0, splits=list(splits))
     data.tokenizer = tokenizer  # for the tests alone
@@ -140,13 +142,45 @@ def test_evaluation_follows_the_encoders_own_rule() -> None:
     assert np.array_equal(actual.numpy(), expected)
 
 
+def training_transform(**changes: Any) -> TrainingTransform:
+    defaults = {"crop_scale": (0.3, 1), "crop_ratio": (0.8, 1.25), "flip": False}
+    return TrainingTransform(image_size=40, interpolation="bicubic", **{**defaults, **changes})
+
+
 def test_a_training_crop_follows_from_its_seed() -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
-    transform = TrainingTransform(
-        image_size=40, interpolation="bicubic", crop_scale=(0.3, 1), crop_ratio=(0.8, 1.25), flip=True
+    one, same, other = (
+        training_transform(flip=True)(image, np.random.default_rng(seed)) for seed in (1, 1, 2)
     )
-    assert torch.equal(transform(image, 1), transform(image, 1))
-    assert not torch.equal(transform(image, 1), transform(image, 2))
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.integers(1, 500), st.integers(1, 500), st.integers(0, 9))
+def test_a_crop_lies_within_the_picture_and_keeps_its_share_of_it(width: int, height: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    left, top, right, bottom = training_transform().crop_box(width, height, rng)
+    assert 0 <= left < right <= width
+    assert 0 <= top < bottom <= height
+    if min(width, height) > 50 and max(width, height) < 1.2 * min(width, height):
+        assert 0.28 < (right - left) * (bottom - top) / (width * height) <= 1
+        assert 0.78 < (right - left) / (bottom - top) < 1.28
+
+
+def test_the_whole_picture_is_only_resized() -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 90, 3), dtype=np.uint8))
+    pixels = training_transform(crop_scale=(1, 1), crop_ratio=(1, 1))(image, np.random.default_rng(0))
+    expected = np.asarray(image.resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
+    assert np.array_equal(pixels.numpy(), expected)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"crop_scale": (0.5, 1.5)}, {"crop_ratio": (2, 1)}, {"crop_scale": (0, 1)}]
+)
+def test_a_crop_that_cannot_be_is_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=f"data.{next(iter(changes))}="):
+        training_transform(**changes)
 
 
 def test_pictures_are_turned_upright_and_made_rgb(tmp_path: Path) -> None:

@@ -70,7 +70,9 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner)
         assert optimizer.param_groups[0]["lr"] == pytest.approx(expected)
         optimizer.step()
         schedule.step()
-    assert torch.allclose(torch.tensor(schedule.get_last_lr()[0]), torch.tensor(LR["encoder"] * 0.1), rtol=0.1)
+    assert torch.allclose(
+        torch.tensor(schedule.get_last_lr()[0]), torch.tensor(LR["encoder"] * 0.1), rtol=0.1
+    )
 
 
 def test_a_negative_rate_is_refused(captioner: Captioner) -> None:

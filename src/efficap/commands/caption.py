@@ -44,7 +44,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     """
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
-    decoding = build_decoding(cfg["decoding"] or run.config["decoding"])
+    decoding = build_decoding(cfg.get("decoding") or run.config["decoding"])
     files = find_pictures(cfg["images"])
     tokenizer = run.tokenizer()
     captioner = run.captioner(tokenizer, device)

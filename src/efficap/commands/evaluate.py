@@ -30,7 +30,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     """
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
-    decoding = build_decoding(cfg["decoding"] or run.config["decoding"])
+    decoding = build_decoding(cfg.get("decoding") or run.config["decoding"])
     check_java()
     tokenizer = run.tokenizer()
     captioner = run.captioner(tokenizer, device)

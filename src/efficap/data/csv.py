@@ -214,8 +214,7 @@ class CaptionedImages(Dataset[Item]):
         image = load_rgb(self.table.files[index])
         captions = self.captions.of(index)
         if self.training:
-            seeds = np.random.default_rng((self.seed, epoch, index))
-            pixels = self.training_transform(image, int(seeds.integers(2**31)))
+            pixels = self.training_transform(image, np.random.default_rng((self.seed, epoch, index)))
             captions = [captions[n] for n in self._turn(len(captions), epoch, index)]
         else:
             pixels, captions = self.evaluation_transform(image), captions[: self.K]

@@ -37,6 +37,7 @@ class BestCheckpoint(ModelCheckpoint):
             monitor="val/CIDEr",
             mode="max",
             save_last=True,
+            save_on_train_epoch_end=False,  # right after each validation
             enable_version_counter=False,
             auto_insert_metric_name=False,
         )

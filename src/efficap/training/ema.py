@@ -28,6 +28,8 @@ class ExponentialMovingAverage(WeightAveraging):
             )
 
         def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
+            if not averaged.is_floating_point():  # BatchNorm's count of batches
+                return current
             n = float(count)
             return torch.lerp(averaged, current.to(averaged.dtype), 1 - min(decay, (1 + n) / (10 + n)))
 

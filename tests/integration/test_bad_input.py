@@ -1,0 +1,119 @@
+"""What a user can get wrong, through the real entry points: one line, a non-zero exit, and no training."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import tiny_overrides
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+def run(script: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("HYDRA_FULL_ERROR", None)
+    command = [sys.executable, str(ROOT / script), *overrides]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
+
+
+MISTAKES = {
+    "model=smal": r"error: model=smal is not known; nearest: small.*; there are large, medium, small, tiny, xl",
+    "model.encoder.name=efficientnet_bo": r"error: model.encoder.name=efficientnet_bo .* nearest: efficientnet_b",
+    "model.pretrained=true model.decoder.name=openai-community/gpt2": (
+        r"error: model.decoder.name=openai-community/gpt2 .*cannot be had from the hub .*"
+        r"model.decoder.name=DIR .*model.pretrained=false model.tokenizer.name=null"
+    ),
+    "model.encoder.pretrained=true model.encoder.name=efficientnet_b0.ra_in1k": (
+        r"error: model.encoder.name=efficientnet_b0.ra_in1k: cannot load its pretrained weights .*"
+        r"model.encoder.weights_file=FILE .*model.pretrained=false"
+    ),
+    "data.table=none.csv": r"error: data.table=none.csv does not exist",
+    "data.caption_column=text": r"error: data.table=.* has no column 'text', only 'file_name', 'caption', 'split'",
+    "data.val_split=dev": r"error: data.val_split=dev: .* has no picture in that split; it has train \(8 pictures\)",
+    "data.captions_per_image=0": r"error: data.captions_per_image=0 must be at least 1",
+    "model.image_size=31": r"error: model.image_size=31 must be at least 32 pixels",
+    "model.bridge.n_heads=5": r"error: model.bridge.n_heads=5 must divide .*model.decoder.n_embd=32",
+    "trainer=gpu": r"error: trainer.accelerator=gpu, but torch .* sees no GPU here; use trainer.accelerator=cpu",
+    "decoding.max_tokens=99": r"error: decoding.max_tokens=99 must be at most .*model.decoder.n_positions=64",
+    "decoding=beam decoding.num_beams=0": r"error: decoding.num_beams=0 must be at least 1; use decoding=greedy",
+    "no_such_setting=1": r"error: Could not override 'no_such_setting'",
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_one_line_before_training(
+    mistake: str, colour_table: Path, tmp_path: Path
+) -> None:
+    if mistake == "trainer=gpu":
+        torch = pytest.importorskip("torch")
+        if torch.cuda.is_available():
+            pytest.skip("there is a GPU")
+    overrides = [
+        o
+        for o in tiny_overrides(colour_table, tmp_path / "run")
+        if o != "trainer=cpu" or "gpu" not in mistake
+    ]
+    result = run("train.py", *overrides, *mistake.split(), cwd=tmp_path)
+    assert result.returncode == 1
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, result.stderr
+    assert re.search(MISTAKES[mistake], errors[0]), errors[0]
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+def test_missing_pictures_are_named_before_training(colour_table: Path, tmp_path: Path) -> None:
+    (colour_table / "images" / "train_3.jpg").unlink()
+    result = run("train.py", *tiny_overrides(colour_table, tmp_path / "run"), cwd=tmp_path)
+    assert result.returncode == 1
+    assert re.search(
+        r"error: 1 of 12 pictures are missing or unreadable: .*train_3.jpg \(missing\)", result.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("script", "overrides", "message"),
+    [
+        ("eval.py", [], "error: run is not given: add run=VALUE"),
+        (
+            "eval.py",
+            ["run=none"],
+            "error: run=none does not exist; give a run directory, such as outputs/latest",
+        ),
+        ("eval.py", ["run=."], "error: run=. holds no config.yaml; give a run directory"),
+        ("caption.py", ["run=."], "error: images is not given: add images=VALUE"),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_told_in_one_line(
+    script: str, overrides: list[str], message: str, tmp_path: Path
+) -> None:
+    result = run(script, *overrides, cwd=tmp_path)
+    assert result.returncode == 1
+    assert result.stderr.strip().splitlines()[-1].startswith(message)
+
+
+def test_one_jobs_mistake_leaves_the_sweep_going_and_its_exit_code_tells(
+    colour_table: Path, tmp_path: Path
+) -> None:
+    overrides = [o for o in tiny_overrides(colour_table, tmp_path) if not o.startswith("output_dir=")]
+    result = run(
+        "train.py", "-m", *overrides, "trainer.max_epochs=1", "model.bridge.n_heads=5,4", cwd=tmp_path
+    )
+    assert result.returncode == 1
+    assert "error: model.bridge.n_heads=5 must divide" in result.stderr
+    assert len(list((tmp_path / "outputs").rglob("model.safetensors"))) == 1
+
+
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "caption.py"])
+def test_help_names_the_groups_and_the_commands(script: str, tmp_path: Path) -> None:
+    result = run(script, "--help", cwd=tmp_path)
+    assert result.returncode == 0
+    assert "decoding: beam, greedy, nucleus" in result.stdout
+    assert "python eval.py run=" in result.stdout
+    assert not list(tmp_path.iterdir()), "help leaves nothing behind"
