@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,21 @@ from rich.progress import track
 
 from efficap.commands.run_dir import RunDirectory, choose_device
 from efficap.data.csv import CSVDataModule
+from efficap.data.table import CaptionTable
 from efficap.decoding import build_decoding
-from efficap.evaluation.report import GalleryItem, scores_table, write_gallery
+from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
 from efficap.evaluation.scores import Scores, check_java, cider_per_image, distinct_share, score_captions
+from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import write_captions
+
+SHEET = 12  # pictures of sheet.png
 
 
 def evaluate(cfg: dict[str, Any]) -> Scores:
     """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
 
-    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json and index.html.
+    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json, index.html and sheet.png.
 
     Raises:
         InputError: no such run or split, no Java, a GPU that is not there.
@@ -51,26 +54,18 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     references = dict(zip(table.image_ids, table.references, strict=True))
     scores: Scores = {"split": split, "images": len(predictions)}
     scores |= score_captions(predictions, references, metrics=cfg["metrics"])
+    scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
     scores["distinct"] = distinct_share(list(predictions.values()))
     write_scores(out / "scores.json", scores)
     console = Console()
     console.print(scores_table(scores))
     if cfg["gallery"]:
-        items = _gallery_items(predictions, references, dict(zip(table.image_ids, table.files, strict=True)))
-        cider = scores.get("CIDEr")
-        write_gallery(
-            out / "index.html",
-            itertools.islice(items, cfg["gallery"]),
-            title=f"{run.config['name']}: {split}",
-            subtitle=f"CIDEr {cider:.3f} on {len(predictions):,} pictures"
-            if isinstance(cider, float)
-            else "",
-        )
+        _write_pages(out, run.config["name"], scores, predictions, table, cfg["gallery"])
     console.print(f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False)
     return scores
 
 
-def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: Any) -> CSVDataModule:
+def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CSVDataModule:
     changes = dict(cfg["data"])
     if cfg["batch_size"] is not None:
         changes["batch_size"] = cfg["batch_size"]
@@ -87,12 +82,34 @@ def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: Any) -> CS
     return data
 
 
-def _gallery_items(
-    predictions: dict[str, str], references: dict[str, list[str]], files: dict[str, Path]
-) -> Iterator[GalleryItem]:
+def _shuffled_cider(
+    predictions: dict[str, str], references: dict[str, list[str]]
+) -> float | int | str | None:
+    """CIDEr against the references of other pictures: what a model scores that does not look at the picture.
+
+    Each picture takes the references of the one that comes half a split later.
+    """
+    ids = list(predictions)
+    half = len(ids) // 2
+    others = {
+        image_id: references[other] for image_id, other in zip(ids, ids[half:] + ids[:half], strict=True)
+    }
+    return score_captions(predictions, others, metrics=["CIDEr"])["CIDEr"]
+
+
+def _write_pages(
+    out: Path, name: str, scores: Scores, predictions: dict[str, str], table: CaptionTable, count: int
+) -> None:
+    references = dict(zip(table.image_ids, table.references, strict=True))
     cider = cider_per_image(predictions, references)
-    for image_id, caption in predictions.items():
-        yield GalleryItem(files[image_id], caption, references[image_id], note=f"CIDEr {cider[image_id]:.2f}")
+    items = [
+        GalleryItem(file, predictions[image_id], references[image_id], note=f"CIDEr {cider[image_id]:.2f}")
+        for image_id, file in itertools.islice(zip(table.image_ids, table.files, strict=True), count)
+    ]
+    corpus = scores.get("CIDEr")
+    subtitle = f"CIDEr {corpus:.3f} on {len(predictions):,} pictures" if isinstance(corpus, float) else ""
+    write_gallery(out / "index.html", items, title=f"{name}: {table.split}", subtitle=subtitle)
+    contact_sheet(out / "sheet.png", items[:SHEET])
 
 
 def _shown(path: Path) -> Path:

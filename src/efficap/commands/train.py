@@ -34,7 +34,7 @@ def train(cfg: dict[str, Any]) -> Path:
     Raises:
         InputError: before the first step, whatever can be known to be wrong by then.
     """
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    _leave_out_lightnings_chatter()
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
@@ -73,6 +73,15 @@ def train(cfg: dict[str, Any]) -> Path:
         _finish(loggers)
     print(f"run directory: {run_dir}")
     return run_dir
+
+
+def _leave_out_lightnings_chatter() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*logs directory .* exists and is not empty")  # Hydra's files
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.* is deprecated"
+    )  # Lightning's own, under torch 2.15
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
 
 
 def build_tokenizer(settings: dict[str, Any], data: CSVDataModule) -> CaptionTokenizer:

@@ -1,0 +1,51 @@
+# make train | make test | make lint | make setup. All the set-up happens by itself; PYTHON=python3.12 picks another.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test lint format
+
+help:
+	@echo "make train   train on the built-in pictures, score, caption (ARGS='seed=1' passes settings to train.py)"
+	@echo "make test    the whole test suite (ARGS='-k beam' passes options to pytest)"
+	@echo "make lint    ruff, mypy, import-linter"
+	@echo "make format  ruff's formatter"
+	@echo "make setup   the environment in $(VENV) alone"
+
+setup: $(VENV)/.ready
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+	    sys.exit(f"Python {v} is too old: efficap needs 3.11 or newer; name one with PYTHON=" \
+	    if sys.version_info < (3, 11) else 0)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing efficap into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+train: setup
+	$(BIN)/python train.py experiment=demo $(ARGS)
+	$(BIN)/python eval.py run=outputs/latest
+	$(BIN)/python eval.py run=outputs/latest split=irregular
+	$(BIN)/python caption.py run=outputs/latest images='data/demo/images/test_000*.jpg'
+	@echo
+	@echo "Look at: outputs/latest/eval/test/index.html       captions, references and CIDEr of each picture"
+	@echo "         outputs/latest/eval/irregular/index.html  the same for combinations never seen in training"
+	@echo "         outputs/latest/captions/*/index.html      what caption.py writes for a folder"
+	@echo "         outputs/latest/curves.png                 losses and scores over the training"
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: setup
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
