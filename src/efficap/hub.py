@@ -13,15 +13,15 @@ def pretrained_files(setting: str, name: str, files: Sequence[str], way_out: str
 
     Args:
         setting: the setting that named it, for messages: ``model.decoder.name``.
-        name: a directory, or a name on the hub such as ``openai-community/gpt2``; the hub's cache is used first.
+        name: a directory, or a name on the hub such as ``openai-community/gpt2``; without network, in its cache.
         files: names looked for; which of them must be there is the caller's matter.
         way_out: how to do without, for messages.
 
     Raises:
         InputError: no such directory or hub name, or no network and nothing in the cache.
     """
-    if Path(name).is_dir():
-        return Path(name)
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
     if Path(name).is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise InputError(f"{setting}={name} is no directory; {way_out}")
     from huggingface_hub import snapshot_download

@@ -33,6 +33,8 @@ class CaptionTokenizer:
             raise InputError(
                 f"the tokenizer has no token {END_OF_TEXT}; GPT-2's and those made from it have one"
             )
+        tokenizer.no_padding()  # either may be saved in a tokenizer.json
+        tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self.bos_id = self.eos_id = self.pad_id = int(end_of_text)
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))

@@ -178,7 +178,7 @@ def test_an_average_that_never_moves_is_refused(colour_table: Path, tmp_path: Pa
 
 def test_the_averaged_weights_are_validated_and_kept(colour_table: Path, tmp_path: Path) -> None:
     run = train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), "ema_decay=0.9"))
-    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     key = "captioner.bridge.project.weight"
     assert not torch.equal(averaged[key], current[key])
@@ -202,6 +202,59 @@ def test_a_clock_limit_ends_training_annealed_and_validated(colour_table: Path, 
     rates = table["lr-AdamW/encoder"].dropna()
     assert rates.iloc[-1] < 0.2 * rates.max()
     assert (run / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("limit", ["trainer.max_steps=3", "trainer.max_epochs=2"])
+def test_the_last_step_is_validated_whatever_the_interval(
+    colour_table: Path, tmp_path: Path, limit: str, precision: str
+) -> None:
+    run = train(
+        compose(
+            "train",
+            *tiny_overrides(colour_table, tmp_path / "run"),
+            limit,
+            f"trainer.precision={precision}",
+            "trainer.check_val_every_n_epoch=null",
+            "trainer.val_check_interval='00:01:00:00'",
+        )
+    )
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["last"]["step"] == metrics["steps"] == (3 if "steps" in limit else 4)
+    assert (run / "model.safetensors").is_file()
+
+
+def test_without_any_validation_the_last_weights_are_kept(colour_table: Path, tmp_path: Path) -> None:
+    overrides = tiny_overrides(colour_table, tmp_path / "run")
+    run = train(compose("train", *overrides, "trainer.check_val_every_n_epoch=10"))
+    assert evaluate(compose("eval", f"run={run}", "metrics=[CIDEr]"))["images"] == 4
+
+
+def test_a_run_on_relative_paths_evaluates_from_another_folder(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(colour_table)
+    overrides = [
+        *tiny_overrides(colour_table, tmp_path / "run"),
+        "data.table=captions.csv",
+        "data.image_dir=images",
+    ]
+    run = train(compose("train", *overrides, "trainer.max_epochs=1"))
+    monkeypatch.chdir(tmp_path)
+    assert evaluate(compose("eval", f"run={run}", "metrics=[CIDEr]"))["images"] == 4
+
+
+def test_a_gpt2_with_other_arithmetic_is_refused(colour_table: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 32}
+    (tmp_path / "other/config.json").write_text(json.dumps({**sizes, "activation_function": "relu"}))
+    overrides = [*tiny_overrides(colour_table, tmp_path / "run"), "model.decoder.pretrained=true"]
+    with pytest.raises(InputError, match=r"has activation_function=relu; only gelu_new"):
+        train(
+            compose(
+                "train", *overrides, f"model.decoder.name={tmp_path / 'other'}", "model.tokenizer.name=null"
+            )
+        )
 
 
 def test_pretrained_parts_come_from_directories(
@@ -237,3 +290,31 @@ def test_pretrained_parts_come_from_directories(
     key = "conv_stem.weight"
     assert torch.equal(weights[f"encoder.backbone.{key}"], encoder.state_dict()[key])
     assert yaml.safe_load((run / "config.yaml").read_text())["model"]["decoder"]["n_embd"] == 16
+
+
+def test_the_notebook_runs_on_a_run(trained: tuple[Path, Path]) -> None:
+    _, run = trained
+    evaluate(compose("eval", f"run={run}", "metrics=[CIDEr]"))
+    notebook = json.loads((Path(__file__).parents[2] / "notebooks/look_at_a_run.ipynb").read_text())
+    names: dict[str, Any] = {}
+    for cell in notebook["cells"]:
+        assert not cell.get("outputs"), "committed without outputs"
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]).replace("../outputs/latest", str(run)), names)
+    assert set(names["captions"]) == {"greedy", "beam", "nucleus"}
+
+
+def test_wandb_needs_no_login_and_runs_of_one_process_stay_apart(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    for name in ("one", "two"):
+        overrides = [o for o in tiny_overrides(colour_table, tmp_path / name) if not o.startswith("logger=")]
+        train(compose("train", *overrides, "logger=wandb", "trainer.max_epochs=1"))
+    runs = {
+        name: list((tmp_path / name / "wandb").glob("offline-run-*/run-*.wandb")) for name in ("one", "two")
+    }
+    assert [len(files) for files in runs.values()] == [1, 1]
+    assert runs["one"][0].name != runs["two"][0].name

@@ -50,13 +50,16 @@ def table_with(folder: Path, rows: list[tuple[str, str, str]]) -> Path:
 
 
 def test_a_batch_keeps_the_contract(colour_table: Path) -> None:
-    data = data_module(colour_table, "data.captions_per_image=3")
+    table = pd.read_csv(colour_table / "captions.csv")
+    table = pd.concat([table, table[table["file_name"] == "train_0.jpg"].head(1)])  # a third caption
+    table.to_csv(colour_table / "captions.csv", index=False)
+    data = data_module(colour_table, "data.captions_per_image=3", "data.batch_size=8")
     batch = next(iter(data.train_dataloader()))
-    assert batch.images.shape == (4, 3, 64, 64)
+    assert batch.images.shape == (8, 3, 64, 64)
     assert batch.images.dtype == torch.uint8
-    assert batch.tokens.shape[:2] == batch.lengths.shape == (4, 3)
+    assert batch.tokens.shape[:2] == batch.lengths.shape == (8, 3)
     assert batch.references is None
-    assert (batch.lengths[:, 2] == 0).all(), "two captions a picture, K = 3"
+    assert (batch.lengths[:, 2] > 0).tolist() == [image_id == "train_0.jpg" for image_id in batch.image_ids]
     for tokens, length in zip(batch.tokens[:, 0], batch.lengths[:, 0], strict=True):
         assert tokens[0] == data.tokenizer.bos_id
         assert tokens[length - 1] == data.tokenizer.eos_id

@@ -532,7 +532,7 @@ def test_the_shipped_configuration_builds_each_method(method: str) -> None:
     assert isinstance(config, dict)
     decoding = build_decoding({str(name): value for name, value in config.items()})
     assert {"method": decoding.method, **dataclasses.asdict(decoding)} == config
-    assert (decoding.max_tokens, decoding.min_tokens) == (32, 0)
+    assert (decoding.max_tokens, decoding.min_tokens) == (32, 2)
 
 
 BAD_OPTIONS = [

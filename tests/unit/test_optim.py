@@ -63,6 +63,7 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner)
         weight_decay=0.1,
         warmup_steps=10,
         final_lr=0.1,
+        fused=True,
     )
     for step in range(101):
         cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 100)) / 2
@@ -73,6 +74,24 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner)
     assert torch.allclose(
         torch.tensor(schedule.get_last_lr()[0]), torch.tensor(LR["encoder"] * 0.1), rtol=0.1
     )
+
+
+def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: Captioner) -> None:
+    optimizer, schedule = build_adamw(
+        captioner,
+        lambda step: step / 50,
+        lr=LR,
+        betas=(0.9, 0.98),
+        eps=1e-8,
+        weight_decay=0.1,
+        warmup_steps=1000,
+        final_lr=0.0,
+        fused=False,
+    )
+    for _ in range(5):
+        optimizer.step()
+        schedule.step()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(LR["encoder"] * (1 + math.cos(math.pi * 0.1)) / 2)
 
 
 def test_a_negative_rate_is_refused(captioner: Captioner) -> None:
@@ -86,4 +105,5 @@ def test_a_negative_rate_is_refused(captioner: Captioner) -> None:
             weight_decay=0.1,
             warmup_steps=10,
             final_lr=0.1,
+            fused=True,
         )

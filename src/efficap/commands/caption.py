@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from efficap.commands.run_dir import RunDirectory, choose_device
+from efficap.data.csv import default_workers
 from efficap.data.transforms import EvaluationTransform, load_rgb
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
@@ -55,15 +56,18 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
         crop_pct=model["encoder"]["crop_pct"],
     )
     out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
     results: dict[Path, CaptionedFile] = {}
     loader = DataLoader(
-        Pictures(files, transform), batch_size=cfg["batch_size"], num_workers=1, collate_fn=list
+        Pictures(files, transform), batch_size=cfg["batch_size"], num_workers=workers, collate_fn=list
     )
     with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
         bar = progress.add_task("Captioning", total=len(files))
         for loaded in loader:
             read = [(file, pixels) for file, pixels, _ in loaded if pixels is not None]
-            results |= {file: CaptionedFile(file, error=error) for file, _, error in loaded if error}
+            results |= {
+                file: CaptionedFile(file, error=error) for file, pixels, error in loaded if pixels is None
+            }
             if read:
                 images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
                 keys = [str(file) for file, _ in read]

@@ -53,7 +53,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     except _MISTAKES as error:  # in composing
         if wants_traceback:
             raise
-        sys.exit(f"error: {_one_line(error)}")
+        failed = True
+        print(f"error: {_one_line(error)}", file=sys.stderr)
     if failed:
         sys.exit(1)
 

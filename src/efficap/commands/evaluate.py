@@ -16,7 +16,14 @@ from efficap.data.table import CaptionTable
 from efficap.decoding import build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
-from efficap.evaluation.scores import Scores, check_java, cider_per_image, distinct_share, score_captions
+from efficap.evaluation.scores import (
+    Scores,
+    check_java,
+    check_metrics,
+    cider_per_image,
+    distinct_share,
+    score_captions,
+)
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import write_captions
 
@@ -34,6 +41,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
     decoding = build_decoding(cfg.get("decoding") or run.config["decoding"])
+    check_metrics(cfg["metrics"])
     check_java()
     tokenizer = run.tokenizer()
     captioner = run.captioner(tokenizer, device)
@@ -54,7 +62,8 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     references = dict(zip(table.image_ids, table.references, strict=True))
     scores: Scores = {"split": split, "images": len(predictions)}
     scores |= score_captions(predictions, references, metrics=cfg["metrics"])
-    scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
+    if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
+        scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
     scores["distinct"] = distinct_share(list(predictions.values()))
     write_scores(out / "scores.json", scores)
     console = Console()

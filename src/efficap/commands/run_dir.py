@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from hydra.utils import instantiate
 
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.module import DemoDataModule
@@ -62,12 +63,14 @@ class RunDirectory:
         Raises:
             InputError: a data module that is not this project's.
         """
+        if "_target_" in changes:  # the user's own words, unlike the file's
+            return instantiate({**self.config["data"], **changes})
         settings = {**self.config["data"], **changes}
         target = settings.pop("_target_", None)
         if target not in _DATA_MODULES:
             raise InputError(
                 f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(_DATA_MODULES)}; "
-                "a run's own code is not imported: give data._target_ on the command line"
+                "a run's own code is not imported; +data._target_=… on the command line is"
             )
         try:
             return _DATA_MODULES[target](**settings)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback, RichProgressBar
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from efficap.commands.run_dir import check_accelerator, write_run
 from efficap.data.csv import CSVDataModule
@@ -22,7 +23,7 @@ from efficap.evaluation.scores import check_java
 from efficap.models.captioner import Captioner
 from efficap.models.pretrained import build_captioner, load_pretrained_parts, resolve_model
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.callbacks import BestCheckpoint, RunMetrics, SampleCaptions
+from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
 from efficap.training.ema import ExponentialMovingAverage
 from efficap.training.module import CaptionModule
 from efficap.training.summary import print_summary
@@ -39,7 +40,7 @@ def train(cfg: dict[str, Any]) -> Path:
     check_java()
     decoding = build_decoding(cfg["decoding"])
     model = resolve_model(cfg["model"])
-    cfg = {**cfg, "model": model}
+    cfg = {**cfg, "model": model, "data": _with_absolute_paths(cfg["data"])}
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
 
     data = instantiate(cfg["data"])
@@ -65,12 +66,14 @@ def train(cfg: dict[str, Any]) -> Path:
     module = CaptionModule(
         captioner, tokenizer, decoding, optimizer=cfg["optimizer"], label_smoothing=cfg["label_smoothing"]
     )
-    loggers = _build_loggers(cfg, run_dir)
     try:
+        loggers = _build_loggers(cfg, run_dir)
         trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
         trainer.fit(module, datamodule=data)
-    finally:
-        _finish(loggers)
+    except BaseException:
+        _finish_wandb(exit_code=1)
+        raise
+    _finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")
     return run_dir
 
@@ -82,6 +85,16 @@ def _leave_out_lightnings_chatter() -> None:
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, under torch 2.15
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
+
+
+def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """The data settings as the run directory keeps them, so that it evaluates from any folder."""
+    paths: dict[str, Any] = {
+        key: str(Path(data[key]).expanduser().absolute())
+        for key in ("table", "image_dir", "root")
+        if key in data
+    }
+    return {**data, **paths}
 
 
 def build_tokenizer(settings: dict[str, Any], data: CSVDataModule) -> CaptionTokenizer:
@@ -124,9 +137,11 @@ def _build_trainer(
     settings = dict(settings)
     if settings["precision"] is None:
         on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
-        settings["precision"] = "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported() else "32-true"
+        settings["precision"] = (
+            "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
     if settings["enable_progress_bar"]:
-        callbacks = [*callbacks, RichProgressBar()]
+        callbacks = [*callbacks, ProgressBar()]
     return pl.Trainer(
         **settings,
         default_root_dir=run_dir,
@@ -140,7 +155,7 @@ def _build_trainer(
 def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CSVDataModule) -> list[Callback]:
     val = data.split("val")
     files = dict(zip(val.image_ids, val.files, strict=True))
-    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values()]
+    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
     if cfg["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["ema_decay"]))
     return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, files), BestCheckpoint(run_dir)]
@@ -150,7 +165,7 @@ def _build_loggers(cfg: dict[str, Any], run_dir: Path) -> list[Logger]:
     loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
     if cfg["logger"]:
         settings = dict(cfg["logger"])
-        if settings["_target_"].endswith("WandbLogger") and settings["mode"] is None:
+        if settings["_target_"].endswith("WandbLogger") and settings.get("mode") is None:
             settings["mode"] = _wandb_mode()
         logger = instantiate(settings)
         logger.log_hyperparams(cfg)
@@ -171,9 +186,8 @@ def _wandb_mode() -> str | None:
         return "offline"
 
 
-def _finish(loggers: list[Logger]) -> None:
-    """End the W&B run, or a sweep's next job would write into it."""
-    if any(isinstance(logger, WandbLogger) for logger in loggers):
-        import wandb
-
-        wandb.finish()
+def _finish_wandb(exit_code: int) -> None:
+    """End the W&B run, if there is one, or a sweep's next job would write into it."""
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and wandb.run is not None:
+        wandb.finish(exit_code=exit_code)

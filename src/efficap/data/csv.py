@@ -5,6 +5,7 @@ B images, K captions of each, T tokens.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,12 +81,7 @@ class CSVDataModule(pl.LightningDataModule):
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
         self.captions_per_image, self.max_tokens = captions_per_image, max_tokens
         self.batch_size, self.check, self.seed = batch_size, check_images, seed
-        spare_cores = (
-            len(os.sched_getaffinity(0)) - 1
-            if hasattr(os, "sched_getaffinity")
-            else (os.cpu_count() or 2) - 1
-        )
-        self.num_workers = min(8, max(1, spare_cores)) if num_workers is None else num_workers
+        self.num_workers = default_workers() if num_workers is None else num_workers
         self.crop: dict[str, Any] = {
             "crop_scale": tuple(crop_scale),
             "crop_ratio": tuple(crop_ratio),
@@ -156,6 +152,10 @@ class CSVDataModule(pl.LightningDataModule):
         images = CaptionedImages(self, split, training=False)
         return self._loader(images, sampler=[(0, index) for index in range(len(images))], drop_last=False)
 
+    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
+        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
     def _loader(self, images: CaptionedImages, sampler: Any, drop_last: bool) -> DataLoader[Item]:
         return DataLoader(
             images,
@@ -164,23 +164,30 @@ class CSVDataModule(pl.LightningDataModule):
             drop_last=drop_last,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=self.collate,
+            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
+            collate_fn=functools.partial(collate, pad_id=self.pad_id),
         )
 
-    def collate(self, items: list[Item]) -> CaptionBatch:
-        """Items of `CaptionedImages` to one batch, padded to its longest caption."""
-        K = self.captions_per_image  # noqa: N806
-        longest = max(len(ids) for item in items for ids in item["captions"])
-        tokens = torch.full((len(items), K, longest), self.pad_id)  # (B, K, T)
-        lengths = torch.zeros(len(items), K, dtype=torch.int64)  # (B, K)
-        for b, item in enumerate(items):
-            for k, ids in enumerate(item["captions"]):
-                tokens[b, k, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-                lengths[b, k] = len(ids)
-        references = None if items[0]["references"] is None else [item["references"] for item in items]
-        images = torch.stack([item["image"] for item in items])  # (B, 3, H, W)
-        return CaptionBatch(images, tokens, lengths, [item["image_id"] for item in items], references)
+
+def default_workers() -> int:
+    """Loader processes where none are asked for: one less than this process may use cores, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return min(8, max(1, cores - 1))
+
+
+def collate(items: list[Item], pad_id: int) -> CaptionBatch:
+    """Items of `CaptionedImages` to one batch; K and T are no larger than these items need."""
+    most = max(len(item["captions"]) for item in items)
+    longest = max(len(ids) for item in items for ids in item["captions"])
+    tokens = torch.full((len(items), most, longest), pad_id)  # (B, K, T)
+    lengths = torch.zeros(len(items), most, dtype=torch.int64)  # (B, K)
+    for b, item in enumerate(items):
+        for k, ids in enumerate(item["captions"]):
+            tokens[b, k, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+            lengths[b, k] = len(ids)
+    references = None if items[0]["references"] is None else [item["references"] for item in items]
+    images = torch.stack([item["image"] for item in items])  # (B, 3, H, W)
+    return CaptionBatch(images, tokens, lengths, [item["image_id"] for item in items], references)
 
 
 class EncodedCaptions:
@@ -198,7 +205,10 @@ class EncodedCaptions:
 
 
 class CaptionedImages(Dataset[Item]):
-    """One item a picture: its pixels and K of its captions, a pure function of (seed, epoch, picture)."""
+    """One item a picture, a pure function of (seed, epoch, picture).
+
+    In training its pixels and K of its captions; in evaluation all captions, so that a loss does not depend on K.
+    """
 
     def __init__(self, data: CSVDataModule, split: str, training: bool) -> None:
         self.table, self.captions = data.split(split), data._encoded[split]
@@ -217,7 +227,7 @@ class CaptionedImages(Dataset[Item]):
             pixels = self.training_transform(image, np.random.default_rng((self.seed, epoch, index)))
             captions = [captions[n] for n in self._turn(len(captions), epoch, index)]
         else:
-            pixels, captions = self.evaluation_transform(image), captions[: self.K]
+            pixels = self.evaluation_transform(image)
         return {
             "image": pixels,
             "captions": captions,
@@ -246,5 +256,6 @@ class EpochOrder(Sampler[tuple[int, int]]):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng((self.seed, self.epoch)).permutation(self.size)
-        return ((self.epoch, int(index)) for index in order)
+        epoch = self.epoch
+        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
+        return ((epoch, int(index)) for index in order)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
+from PIL import Image, ImageOps
 from rich.progress import track
 
 from efficap.errors import InputError
@@ -122,8 +122,8 @@ def _why_unreadable(file: Path) -> str | None:
     try:
         with Image.open(file) as image:
             image.draft("RGB", (image.width // 8, image.height // 8))
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:  # PIL's, by format
+            ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # of many kinds, by format and damage
         return f"{file} ({error})"
     return None
 

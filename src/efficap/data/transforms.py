@@ -25,8 +25,8 @@ def load_rgb(file: Path) -> Image.Image:
     try:
         with Image.open(file) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise OSError(f"{file}: {error}") from error
+    except Exception as error:  # of many kinds, by format and damage
+        raise OSError(f"{file}: {error or type(error).__name__}") from error
 
 
 class EvaluationTransform:

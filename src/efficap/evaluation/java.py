@@ -7,6 +7,7 @@ decimal comma or in a path with a space, and wait for ever on their own lock onc
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import subprocess
@@ -52,12 +53,17 @@ def find_java() -> str:
         InputError: there is none; the message names the remedy.
     """
     for java in filter(None, (_bundled_java(), shutil.which("java"))):
-        try:  # macOS has a /usr/bin/java that only says that Java is missing: existing is not enough
-            if subprocess.run([java, "-version"], capture_output=True, timeout=60).returncode == 0:
-                return java
-        except (OSError, subprocess.TimeoutExpired):
-            continue
+        if _starts(java):
+            return java
     raise InputError(NO_JAVA)
+
+
+@functools.cache
+def _starts(java: str) -> bool:
+    try:  # macOS has a /usr/bin/java that only says that Java is missing: existing is not enough
+        return subprocess.run([java, "-version"], capture_output=True, timeout=60).returncode == 0
+    except (OSError, subprocess.TimeoutExpired):
+        return False
 
 
 def _bundled_java() -> str | None:

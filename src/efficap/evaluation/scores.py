@@ -12,7 +12,15 @@ from efficap.errors import InputError
 from efficap.evaluation import java
 from efficap.evaluation.java import check_java
 
-__all__ = ["ALL_METRICS", "Scores", "check_java", "cider_per_image", "distinct_share", "score_captions"]
+__all__ = [
+    "ALL_METRICS",
+    "Scores",
+    "check_java",
+    "check_metrics",
+    "cider_per_image",
+    "distinct_share",
+    "score_captions",
+]
 
 Scores = dict[str, float | int | str | None]
 Tokenized = dict[str, list[str]]  # image id -> tokenized captions
@@ -47,9 +55,7 @@ def score_captions(
         InputError: no images, unequal ids, an image without a reference, an unknown metric, no Java runtime.
     """
     names = list(ALL_METRICS if metrics is None else metrics)
-    for name in names:
-        if name not in _METRICS:
-            raise InputError(f"metric {name!r} is none of {', '.join(ALL_METRICS)}")
+    check_metrics(names)
     _check_ids(predictions, references)
     check_java()
     scores: Scores = {}
@@ -70,6 +76,13 @@ def score_captions(
         else:
             scores |= dict(zip(keys, values, strict=True))
     return scores
+
+
+def check_metrics(names: Sequence[str]) -> None:
+    """Raises InputError where one of `names` is no metric."""
+    for name in names:
+        if name not in _METRICS:
+            raise InputError(f"metric {name!r} is none of {', '.join(ALL_METRICS)}")
 
 
 def cider_per_image(

@@ -32,12 +32,13 @@ def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
     """Fill what the model's configuration leaves to its pretrained parts.
 
     Preprocessing (mean, std, interpolation, crop_pct) comes from timm's registry where it is null, the decoder's
-    sizes from its checkpoint where that is pretrained. The result builds the same model without network.
+    sizes from its checkpoint where that is pretrained, the bridge's heads from the decoder. The result builds the
+    same model without network.
 
     Raises:
         InputError: an unknown EfficientNet, or a GPT-2 that cannot be had.
     """
-    encoder, decoder = dict(model["encoder"]), dict(model["decoder"])
+    encoder, bridge, decoder = dict(model["encoder"]), dict(model["bridge"]), dict(model["decoder"])
     spec = EncoderSpec.of(encoder["name"])
     for key in ("mean", "std", "interpolation", "crop_pct"):
         if encoder[key] is None:
@@ -45,7 +46,9 @@ def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
             encoder[key] = list(value) if isinstance(value, tuple) else value
     if decoder["pretrained"]:
         decoder |= _gpt2_sizes(decoder["name"])
-    return {**model, "encoder": encoder, "decoder": decoder}
+    if bridge["n_heads"] is None:
+        bridge["n_heads"] = decoder["n_head"]
+    return {**model, "encoder": encoder, "bridge": bridge, "decoder": decoder}
 
 
 def build_captioner(model: dict[str, Any], vocab_size: int) -> Captioner:
@@ -76,11 +79,28 @@ def _gpt2_sizes(name: str) -> dict[str, int]:
     directory = pretrained_files("model.decoder.name", name, ["config.json"], _GPT2_WAY_OUT)
     try:
         config = json.loads((directory / "config.json").read_text())
-        return {size: int(config[size]) for size in _GPT2_SIZES}
+        sizes = {size: int(config[size]) for size in _GPT2_SIZES}
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"model.decoder.name={name}: {directory}/config.json is no GPT-2's; {_GPT2_WAY_OUT}"
         ) from error
+    _check_is_gpt2(name, config)
+    return sizes
+
+
+def _check_is_gpt2(name: str, config: dict[str, Any]) -> None:
+    """Raises InputError where a checkpoint's arithmetic is not GPT-2's; it would load and be wrong."""
+    own = {
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+    }
+    for key, value in own.items():
+        if config.get(key, value) != value:
+            raise InputError(
+                f"model.decoder.name={name} has {key}={config[key]}; only {value}, as in GPT-2, is known"
+            )
 
 
 def load_gpt2(decoder: GPT2, name: str) -> None:
@@ -139,6 +159,9 @@ def save_weights(weights: dict[str, Tensor], run_dir: Path) -> None:
     file = run_dir / WEIGHTS_FILE
     temporary = file.with_suffix(".tmp")
     save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
+    umask = os.umask(0)
+    os.umask(umask)
+    temporary.chmod(0o666 & ~umask)  # safetensors writes it for its owner alone
     os.replace(temporary, file)
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import time
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from torch import Tensor
 
@@ -24,10 +27,22 @@ from efficap.training.module import CaptionModule
 METRICS_FILE = "metrics.json"
 
 
+class ProgressBar(RichProgressBar):
+    """Lightning's bar, its metrics read every log_every_n_steps: each reading waits for the device."""
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if due or trainer.validating or not hasattr(self, "_shown"):
+            self._shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
+            self._shown.pop("v_num", None)
+        return self._shown
+
+
 class BestCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint of the best val/CIDEr, and its weights alone as model.safetensors.
 
-    The weights are taken from the checkpoint, since that holds the averaged ones where there is an average.
+    The weights are taken from the checkpoint, since that holds the averaged ones where there is an average. The
+    last step is always validated; where no validation could be, the last weights are kept.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -36,7 +51,6 @@ class BestCheckpoint(ModelCheckpoint):
             filename="best",
             monitor="val/CIDEr",
             mode="max",
-            save_last=True,
             save_on_train_epoch_end=False,  # right after each validation
             enable_version_counter=False,
             auto_insert_metric_name=False,
@@ -44,15 +58,29 @@ class BestCheckpoint(ModelCheckpoint):
         self.run_dir = run_dir
         self._exported: Tensor | None = None
 
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        last_batch = trainer.is_last_batch and trainer.current_epoch + 1 == trainer.max_epochs
+        if last_batch or trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning then validates, whatever the interval
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_end(trainer, pl_module)
+        if self._exported is None and trainer.is_global_zero:
+            self._export(pl_module.state_dict())
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         if self.best_model_score is self._exported or not trainer.is_global_zero:
             return
-        checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True)
-        prefix = "captioner."
-        weights = checkpoint["state_dict"]
-        save_weights({key.removeprefix(prefix): value for key, value in weights.items()}, self.run_dir)
+        checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True, mmap=True)
+        self._export(checkpoint["state_dict"])
         self._exported = self.best_model_score
+
+    def _export(self, weights: dict[str, Tensor]) -> None:
+        save_weights({key.removeprefix("captioner."): value for key, value in weights.items()}, self.run_dir)
 
 
 class RunMetrics(Callback):
@@ -112,7 +140,7 @@ class RunMetrics(Callback):
     def _write(self, trainer: pl.Trainer) -> None:
         for logger in trainer.loggers:
             logger.save()
-        if (self.run_dir / "metrics.csv").is_file():
+        with _only_warning("curves.png"):
             plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
         parameters = list(trainer.lightning_module.parameters())
         metrics = {
@@ -154,15 +182,25 @@ class SampleCaptions(Callback):
             for image_id in chosen
         ]
         cider = float(trainer.callback_metrics["val/CIDEr"])
-        write_gallery(
-            self.run_dir / "samples" / f"step_{trainer.global_step:07d}.html",
-            items,
-            title=f"Step {trainer.global_step}",
-            subtitle=f"val/CIDEr {cider:.3f}",
-        )
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                _log_table(logger, items)
+        with _only_warning("sample captions"):
+            write_gallery(
+                self.run_dir / "samples" / f"step_{trainer.global_step:07d}.html",
+                items,
+                title=f"Step {trainer.global_step}",
+                subtitle=f"val/CIDEr {cider:.3f}",
+            )
+            for logger in trainer.loggers:
+                if isinstance(logger, WandbLogger):
+                    _log_table(logger, items)
+
+
+@contextlib.contextmanager
+def _only_warning(what: str) -> Iterator[None]:
+    """What is there to look at must not end a training."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{what} could not be written: {error}", stacklevel=3)
 
 
 def _log_table(logger: WandbLogger, items: list[GalleryItem]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from torch import Tensor
@@ -27,10 +28,15 @@ class ExponentialMovingAverage(WeightAveraging):
                 f"ema_decay={decay} must be at least 0 and below 1, such as 0.999; null is no average"
             )
 
-        def average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-            if not averaged.is_floating_point():  # BatchNorm's count of batches
-                return current
+        def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
             n = float(count)
-            return torch.lerp(averaged, current.to(averaged.dtype), 1 - min(decay, (1 + n) / (10 + n)))
+            if averaged[0].is_floating_point():
+                torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
+            else:  # BatchNorm's count of batches
+                torch._foreach_copy_(averaged, current)
 
-        super().__init__(avg_fn=average)
+        super().__init__(multi_avg_fn=average)
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        self._device = trainer.strategy.root_device  # the model itself is moved there only later
+        super().setup(trainer, pl_module, stage)

@@ -30,7 +30,9 @@ def caption_loss(
     targets = tokens[..., 1:]  # (B, K, T - 1)
     positions = torch.arange(targets.shape[-1], device=targets.device)
     valid = positions < lengths[..., None] - 1  # (B, K, T - 1)
-    logits = F.linear(hidden[valid], head)  # (n, V)
-    total = F.cross_entropy(logits.float(), targets[valid], label_smoothing=label_smoothing, reduction="sum")
-    count = valid.sum()
-    return total / count.clamp(min=1), count
+    index = valid.flatten().nonzero().squeeze(1)  # (n,)
+    logits = F.linear(hidden.flatten(0, 2)[index], head)  # (n, V)
+    total = F.cross_entropy(
+        logits.float(), targets.flatten()[index], label_smoothing=label_smoothing, reduction="sum"
+    )
+    return total / max(1, len(index)), index.new_tensor(len(index))

@@ -96,8 +96,23 @@ class CaptionModule(pl.LightningModule):
         )
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_adamw(self.captioner, self._progress, **self.optimizer_settings)
+        optimizer, schedule = build_adamw(
+            self.captioner,
+            self._progress,
+            fused=self.trainer.precision != "16-mixed",  # its loss scaling must come before the clipping
+            **self.optimizer_settings,
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clip the gradients' norm; Lightning's own refuses a fused optimiser in mixed precision."""
+        if gradient_clip_val:
+            torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
 
     def _progress(self, step: int) -> float:
         """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""

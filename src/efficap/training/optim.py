@@ -66,14 +66,16 @@ def build_adamw(
     weight_decay: float,
     warmup_steps: int,
     final_lr: float,
+    fused: bool,
 ) -> tuple[torch.optim.AdamW, LambdaLR]:
     """AdamW with linear warm-up and a cosine over the rest of the training.
 
     Args:
         progress: maps the optimiser steps done to the share of the training that is over, 0 … 1.
         lr: peak learning rate of each part.
-        warmup_steps: optimiser steps until the peak.
+        warmup_steps: optimiser steps until the peak; a tenth of the training at most.
         final_lr: share of the peak that is left at the end.
+        fused: torch's fused kernel.
 
     Raises:
         InputError: a learning rate or a decay below 0, or nothing to train.
@@ -85,10 +87,11 @@ def build_adamw(
         if value < 0:
             raise InputError(f"optimizer.{setting}={value} must be at least 0")
     groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)
+    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
     def share_of_peak(step: int) -> float:
-        cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress(step))))
-        return min(1.0, (step + 1) / max(1, warmup_steps)) * (final_lr + (1 - final_lr) * cosine)
+        over = min(1.0, progress(step))
+        warmup = min(1.0, max((step + 1) / max(1, warmup_steps), 10 * over))
+        return warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
 
     return optimizer, LambdaLR(optimizer, share_of_peak)
