@@ -110,12 +110,17 @@ def _write_pages(
     out: Path, name: str, scores: Scores, predictions: dict[str, str], table: CaptionTable, count: int
 ) -> None:
     references = dict(zip(table.image_ids, table.references, strict=True))
-    cider = cider_per_image(predictions, references)
+    corpus = scores.get("CIDEr")
+    cider = cider_per_image(predictions, references) if isinstance(corpus, float) else {}
     items = [
-        GalleryItem(file, predictions[image_id], references[image_id], note=f"CIDEr {cider[image_id]:.2f}")
+        GalleryItem(
+            file,
+            predictions[image_id],
+            references[image_id],
+            note=f"CIDEr {cider[image_id]:.2f}" if cider else "",
+        )
         for image_id, file in itertools.islice(zip(table.image_ids, table.files, strict=True), count)
     ]
-    corpus = scores.get("CIDEr")
     subtitle = f"CIDEr {corpus:.3f} on {len(predictions):,} pictures" if isinstance(corpus, float) else ""
     write_gallery(out / "index.html", items, title=f"{name}: {table.split}", subtitle=subtitle)
     contact_sheet(out / "sheet.png", items[:SHEET])

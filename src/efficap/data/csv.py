@@ -1,29 +1,22 @@
-"""Pictures in a folder, captions in a CSV: the data module for a user's own data.
-
-B images, K captions of each, T tokens.
-"""
+"""Pictures in a folder, captions in a CSV: the data module for a user's own data."""
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader
 
 from efficap.batch import CaptionBatch
+from efficap.data.dataset import CaptionedImages, EncodedCaptions, EpochOrder, Item, collate
 from efficap.data.table import CaptionTable, check_images, read_table
-from efficap.data.transforms import EvaluationTransform, TrainingTransform, load_rgb
+from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
-
-Item = dict[str, Any]
 
 
 class CSVDataModule(pl.LightningDataModule):
@@ -137,7 +130,7 @@ class CSVDataModule(pl.LightningDataModule):
             self._encoded[name] = EncodedCaptions(ids, [len(references) for references in table.references])
 
     def train_dataloader(self) -> DataLoader[Item]:
-        images = CaptionedImages(self, "train", training=True)
+        images = self._images("train", self.training_transform)
         order = EpochOrder(
             len(images), self.seed, first_epoch=self.trainer.current_epoch if self.trainer else 0
         )
@@ -149,12 +142,21 @@ class CSVDataModule(pl.LightningDataModule):
 
     def evaluation_dataloader(self, split: str) -> DataLoader[Item]:
         """Every picture of a prepared split once, in order, as evaluation sees it, with all its references."""
-        images = CaptionedImages(self, split, training=False)
+        images = self._images(split, self.evaluation_transform)
         return self._loader(images, sampler=[(0, index) for index in range(len(images))], drop_last=False)
 
     def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
         """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
         return batch.to(device, non_blocking=device.type == "cuda")
+
+    def _images(self, split: str, transform: TrainingTransform | EvaluationTransform) -> CaptionedImages:
+        return CaptionedImages(
+            self.split(split),
+            self._encoded[split],
+            transform,
+            captions_per_image=self.captions_per_image,
+            seed=self.seed,
+        )
 
     def _loader(self, images: CaptionedImages, sampler: Any, drop_last: bool) -> DataLoader[Item]:
         return DataLoader(
@@ -173,89 +175,3 @@ def default_workers() -> int:
     """Loader processes where none are asked for: one less than this process may use cores, 1 to 8."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
     return min(8, max(1, cores - 1))
-
-
-def collate(items: list[Item], pad_id: int) -> CaptionBatch:
-    """Items of `CaptionedImages` to one batch; K and T are no larger than these items need."""
-    most = max(len(item["captions"]) for item in items)
-    longest = max(len(ids) for item in items for ids in item["captions"])
-    tokens = torch.full((len(items), most, longest), pad_id)  # (B, K, T)
-    lengths = torch.zeros(len(items), most, dtype=torch.int64)  # (B, K)
-    for b, item in enumerate(items):
-        for k, ids in enumerate(item["captions"]):
-            tokens[b, k, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
-            lengths[b, k] = len(ids)
-    references = None if items[0]["references"] is None else [item["references"] for item in items]
-    images = torch.stack([item["image"] for item in items])  # (B, 3, H, W)
-    return CaptionBatch(images, tokens, lengths, [item["image_id"] for item in items], references)
-
-
-class EncodedCaptions:
-    """All captions of a split as ids in one flat array, so that loader processes share it without copies."""
-
-    def __init__(self, captions: list[list[int]], per_image: list[int]) -> None:
-        self.ids: NDArray[np.int32] = np.fromiter((i for ids in captions for i in ids), dtype=np.int32)
-        self.starts: NDArray[np.int64] = np.cumsum([0, *map(len, captions)])
-        self.first: NDArray[np.int64] = np.cumsum([0, *per_image])
-
-    def of(self, image: int) -> list[NDArray[np.int32]]:
-        """The ids of each caption of picture number `image`."""
-        numbers = range(self.first[image], self.first[image + 1])
-        return [self.ids[self.starts[n] : self.starts[n + 1]] for n in numbers]
-
-
-class CaptionedImages(Dataset[Item]):
-    """One item a picture, a pure function of (seed, epoch, picture).
-
-    In training its pixels and K of its captions; in evaluation all captions, so that a loss does not depend on K.
-    """
-
-    def __init__(self, data: CSVDataModule, split: str, training: bool) -> None:
-        self.table, self.captions = data.split(split), data._encoded[split]
-        self.K, self.seed, self.training = data.captions_per_image, data.seed, training
-        self.training_transform = data.training_transform
-        self.evaluation_transform = data.evaluation_transform
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
-        image = load_rgb(self.table.files[index])
-        captions = self.captions.of(index)
-        if self.training:
-            pixels = self.training_transform(image, np.random.default_rng((self.seed, epoch, index)))
-            captions = [captions[n] for n in self._turn(len(captions), epoch, index)]
-        else:
-            pixels = self.evaluation_transform(image)
-        return {
-            "image": pixels,
-            "captions": captions,
-            "image_id": self.table.image_ids[index],
-            "references": None if self.training else self.table.references[index],
-        }
-
-    def _turn(self, count: int, epoch: int, index: int) -> list[int]:
-        """K of `count` captions without repeats, going round over the epochs so that all are used."""
-        order = np.random.default_rng((self.seed, index)).permutation(count)
-        first = epoch * self.K % count
-        return [int(order[(first + k) % count]) for k in range(min(self.K, count))]
-
-
-class EpochOrder(Sampler[tuple[int, int]]):
-    """Every picture once an epoch, as (epoch, picture), in an order that follows from seed and epoch alone."""
-
-    def __init__(self, size: int, seed: int, first_epoch: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, first_epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        return ((epoch, int(index)) for index in order)
