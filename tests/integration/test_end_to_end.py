@@ -164,6 +164,23 @@ def test_a_runs_configuration_imports_nothing(trained: tuple[Path, Path]) -> Non
         file.write_text(whole)
 
 
+def test_a_data_module_named_on_the_command_line_is_used_and_imports_nothing_else(
+    trained: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Hydra would also build what is nested in the run's own settings."""
+    _, run = trained
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"]["flip"] = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "touched")}
+    (run / "config.yaml").rename(run / "whole")
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    try:
+        target = "+data._target_=efficap.data.csv.CSVDataModule"
+        assert evaluate(compose("eval", f"run={run}", target, "metrics=[CIDEr]"))["images"] == 4
+    finally:
+        (run / "whole").rename(run / "config.yaml")
+    assert not (tmp_path / "touched").exists()
+
+
 def test_a_split_that_is_not_there_names_those_that_are(trained: tuple[Path, Path]) -> None:
     _, run = trained
     with pytest.raises(InputError, match=r"split=irregular: .*it has train \(8 pictures\), val"):

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import yaml
-from hydra.utils import instantiate
+from hydra.utils import get_class
 
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.module import DemoDataModule
@@ -19,6 +19,7 @@ from efficap.tokenizer import CaptionTokenizer
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_DIR = "tokenizer"
+_KEYS = {"name", "model", "data", "decoding"}
 
 # A run's configuration may come from anywhere, so its _target_ picks one of these and is never imported.
 _DATA_MODULES: dict[str, type[CSVDataModule]] = {
@@ -47,8 +48,8 @@ class RunDirectory:
             self.config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
             raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(self.config, dict) or not {"model", "data", "decoding"} <= self.config.keys():
-            raise InputError(f"{file} is no run's configuration: it lacks model, data or decoding")
+        if not isinstance(self.config, dict) or not self.config.keys() >= _KEYS:
+            raise InputError(f"{file} is no run's configuration: it lacks one of {', '.join(sorted(_KEYS))}")
 
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
@@ -63,17 +64,19 @@ class RunDirectory:
         Raises:
             InputError: a data module that is not this project's.
         """
-        if "_target_" in changes:  # the user's own words, unlike the file's
-            return instantiate({**self.config["data"], **changes})
         settings = {**self.config["data"], **changes}
         target = settings.pop("_target_", None)
-        if target not in _DATA_MODULES:
+        if "_target_" in changes:  # the user's own words, unlike the file's
+            module = get_class(target)
+        elif target in _DATA_MODULES:
+            module = _DATA_MODULES[target]
+        else:
             raise InputError(
                 f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(_DATA_MODULES)}; "
                 "a run's own code is not imported; +data._target_=… on the command line is"
             )
         try:
-            return _DATA_MODULES[target](**settings)
+            return module(**settings)
         except TypeError as error:
             raise InputError(f"{self.path / CONFIG_FILE}: data does not fit {target}: {error}") from error
 

@@ -51,8 +51,8 @@ def print_summary(
     decoder = model["decoder"]
     described = {
         "encoder": model["encoder"]["name"],
-        "bridge": f"{model['bridge']['n_blocks']} blocks, {model['bridge']['n_heads']} heads",
-        "decoder": f"{decoder['n_layer']} layers, {decoder['n_head']} heads, width {decoder['n_embd']}",
+        "bridge": f"blocks: {model['bridge']['n_blocks']}, heads: {model['bridge']['n_heads']}",
+        "decoder": f"layers: {decoder['n_layer']}, heads: {decoder['n_head']}, width: {decoder['n_embd']}",
     }
     for part, (trained, frozen) in sizes.items():
         table.add_row(part, described[part], *(f"{n:,}" for n in (trained + frozen, trained, frozen)))
