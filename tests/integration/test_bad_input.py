@@ -62,7 +62,9 @@ MISTAKES = {
     "trainer=gpu": r"error: trainer.accelerator=gpu, but torch .* sees no GPU here; use trainer.accelerator=cpu",
     "decoding.max_tokens=99": r"error: decoding.max_tokens=99 must be at most .*model.decoder.n_positions=64",
     "decoding=beam decoding.num_beams=0": r"error: decoding.num_beams=0 must be at least 1; use decoding=greedy",
-    "no_such_setting=1": r"error: Could not override 'no_such_setting'",
+    "trainer.max_epoch=2": r"error: trainer.max_epoch is no setting here; nearest: trainer.max_epochs",
+    "trainer.max_epochs=many": r"error: trainer.max_epochs=many must be a whole number",
+    "data.image_dir=a[b]c": r"error: data.image_dir=a\[b\]c cannot be read; put a value .* in inner quotes",
 }
 
 
@@ -105,6 +107,11 @@ def test_missing_pictures_are_named_before_training(
             "error: run=none does not exist; give a run directory, such as outputs/latest",
         ),
         ("eval.py", ["run=."], "error: run=. holds no config.yaml; give a run directory"),
+        (
+            "eval.py",
+            ["run=.", "decoding.num_beams=5"],
+            "error: decoding.num_beams belongs to a choice that",
+        ),
         ("caption.py", ["run=."], "error: images is not given: add images=VALUE"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,6 +273,14 @@ def test_a_gpt2_with_other_arithmetic_is_refused(colour_table: Path, tmp_path: P
                 "train", *overrides, f"model.decoder.name={tmp_path / 'other'}", "model.tokenizer.name=null"
             )
         )
+
+
+@pytest.mark.parametrize(
+    "setting",
+    re.findall(r"`([a-z_.]+=[^`…]+)`", (Path(__file__).parents[2] / "README.md").read_text()),
+)
+def test_every_setting_that_the_readme_names_composes(setting: str) -> None:
+    compose("train", "name=x", "output_dir=o", *setting.split())
 
 
 def test_pretrained_parts_come_from_directories(

@@ -147,13 +147,18 @@ def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:
     console = Console()
     for result in failed:
         console.print(
-            f"no picture: {result.file} ({result.error})", style="yellow", soft_wrap=True, highlight=False
+            f"no picture: {result.file} ({result.error})",
+            style="yellow",
+            soft_wrap=True,
+            highlight=False,
+            markup=False,
         )
     console.print(
         f"{len(results) - len(failed):,} captioned, {len(failed):,} left out; "
         f"in {out}: index.html, captions.csv, captions.jsonl",
         soft_wrap=True,
         highlight=False,
+        markup=False,
     )
 
 

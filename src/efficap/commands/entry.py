@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
-from hydra.errors import HydraException, InstantiationException, MissingConfigException
+from hydra.errors import (
+    HydraException,
+    InstantiationException,
+    MissingConfigException,
+    OverrideParseException,
+)
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -45,7 +51,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
             if wants_traceback:
                 raise
             failed = True  # and the other jobs of a sweep go on
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
             return None
 
     try:
@@ -54,7 +60,9 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         if wants_traceback:
             raise
         failed = True
-        print(f"error: {_one_line(error)}", file=sys.stderr)
+        print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
+    except KeyboardInterrupt:
+        sys.exit(130)
     if failed:
         sys.exit(1)
 
@@ -73,12 +81,39 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-def _one_line(error: BaseException) -> str:
+def _one_line(error: BaseException, config_name: str) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
         error = error.__cause__
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(str(error.missing_cfg_file), error.options)
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} cannot be read; put a value with special characters in inner quotes: KEY=\"'VALUE'\""
+    if unknown := re.match(r"Could not override '([^']+)'", str(error)):
+        return _unknown_setting(unknown[1], config_name)
     return " ".join(str(error).split())
+
+
+def _unknown_setting(key: str, config_name: str) -> str:
+    group, _, rest = key.partition(".")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        known = _keys(hydra.compose(config_name))
+    if rest and group not in {name.partition(".")[0] for name in known} and (CONF / group).is_dir():
+        options = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
+        return f"{key} belongs to a choice that is not made: add {group}=OPTION, one of {options}"
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    return f"{key} is no setting here{nearest}; all of them: python {config_name}.py --cfg job"
+
+
+def _keys(cfg: DictConfig) -> list[str]:
+    keys: list[str] = []
+    for name in cfg:
+        key = str(name)
+        keys.append(key)
+        node = cfg._get_node(key)
+        if isinstance(node, DictConfig) and not node._is_interpolation() and not node._is_none():
+            keys += [f"{key}.{below}" for below in _keys(node)]
+    return keys
 
 
 def _unknown_option(asked: str, options: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from rich.progress import track
 from efficap.commands.run_dir import RunDirectory, choose_device
 from efficap.data.csv import CSVDataModule
 from efficap.data.table import CaptionTable
-from efficap.decoding import build_decoding
+from efficap.decoding import Decoding, build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
 from efficap.evaluation.scores import (
@@ -60,7 +61,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
 
     table = data.split(split)
     references = dict(zip(table.image_ids, table.references, strict=True))
-    scores: Scores = {"split": split, "images": len(predictions)}
+    scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(decoding)}
     scores |= score_captions(predictions, references, metrics=cfg["metrics"])
     if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
         scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
@@ -70,7 +71,9 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     console.print(scores_table(scores))
     if cfg["gallery"]:
         _write_pages(out, run.config["name"], scores, predictions, table, cfg["gallery"])
-    console.print(f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False)
+    console.print(
+        f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False, markup=False
+    )
     return scores
 
 
@@ -124,6 +127,11 @@ def _write_pages(
     subtitle = f"CIDEr {corpus:.3f} on {len(predictions):,} pictures" if isinstance(corpus, float) else ""
     write_gallery(out / "index.html", items, title=f"{name}: {table.split}", subtitle=subtitle)
     contact_sheet(out / "sheet.png", items[:SHEET])
+
+
+def _described(decoding: Decoding) -> str:
+    options = (f"{name}={value}" for name, value in dataclasses.asdict(decoding).items())
+    return f"{decoding.method}: {', '.join(options)}"
 
 
 def _shown(path: Path) -> Path:

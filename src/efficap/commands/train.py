@@ -37,6 +37,7 @@ def train(cfg: dict[str, Any]) -> Path:
     """
     _leave_out_lightnings_chatter()
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
+    _check_numbers(cfg["trainer"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
     model = resolve_model(cfg["model"])
@@ -70,8 +71,10 @@ def train(cfg: dict[str, Any]) -> Path:
         loggers = _build_loggers(cfg, run_dir)
         trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
         trainer.fit(module, datamodule=data)
-    except BaseException:
+    except BaseException as error:
         _finish_wandb(exit_code=1)
+        if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
+            print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
         raise
     _finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")
@@ -84,7 +87,18 @@ def _leave_out_lightnings_chatter() -> None:
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, under torch 2.15
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
+
+
+def _check_numbers(trainer: dict[str, Any]) -> None:
+    """Raises InputError where a number that Lightning only uses later is none."""
+    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps"):
+        if not isinstance(trainer[key], int) or trainer[key] < -1:
+            raise InputError(f"trainer.{key}={trainer[key]} must be a whole number")
+    clip = trainer["gradient_clip_val"]
+    if clip is not None and (not isinstance(clip, int | float) or clip < 0):
+        raise InputError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null")
 
 
 def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:

@@ -134,8 +134,10 @@ class CSVDataModule(pl.LightningDataModule):
         order = EpochOrder(
             len(images), self.seed, first_epoch=self.trainer.current_epoch if self.trainer else 0
         )
-        # A last batch of one or two pictures would give BatchNorm poor statistics.
-        return self._loader(images, sampler=order, drop_last=len(images) >= self.batch_size)
+        # A last batch of a few pictures would give BatchNorm poor statistics.
+        rest = len(images) % self.batch_size
+        few = len(images) > self.batch_size and rest < self.batch_size / 4
+        return self._loader(images, sampler=order, drop_last=few)
 
     def val_dataloader(self) -> DataLoader[Item]:
         return self.evaluation_dataloader("val")

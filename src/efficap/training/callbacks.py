@@ -66,6 +66,10 @@ class BestCheckpoint(ModelCheckpoint):
             trainer.should_stop = True  # Lightning then validates, whatever the interval
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Of equal scores the later one is kept: a short training has a CIDEr of 0 for long."""
+        return super().check_monitor_top_k(trainer, current) or bool(current == self.best_model_score)
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
         if self._exported is None and trainer.is_global_zero:
@@ -151,7 +155,9 @@ class RunMetrics(Callback):
             "training_seconds": self.seconds,
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "best": max(self.history, key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
+            "best": max(
+                reversed(self.history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None
+            ),
             "last": self.history[-1] if self.history else None,
         }
         temporary = self.run_dir / f"{METRICS_FILE}.tmp"
