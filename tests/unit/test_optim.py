@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from conftest import tiny_model
 from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
 
 from efficap.errors import InputError
 from efficap.models.captioner import Captioner
@@ -15,6 +19,11 @@ from efficap.models.pretrained import build_captioner
 from efficap.training.optim import build_adamw, parameter_groups
 
 LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
+
+
+def adamw(captioner: Captioner, progress: Callable[[int], float], **changes: Any) -> tuple[AdamW, LambdaLR]:
+    settings = {"lr": LR, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+    return build_adamw(captioner, progress, **{"warmup_steps": 10, "final_lr": 0.1, **settings, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -54,17 +63,7 @@ def test_a_frozen_encoder_is_not_given_to_the_optimiser() -> None:
 
 
 def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner) -> None:
-    optimizer, schedule = build_adamw(
-        captioner,
-        lambda step: step / 100,
-        lr=LR,
-        betas=(0.9, 0.98),
-        eps=1e-8,
-        weight_decay=0.1,
-        warmup_steps=10,
-        final_lr=0.1,
-        fused=True,
-    )
+    optimizer, schedule = adamw(captioner, lambda step: step / 100)
     for step in range(101):
         cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 100)) / 2
         expected = LR["encoder"] * min(1, (step + 1) / 10) * cosine
@@ -77,17 +76,7 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner)
 
 
 def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: Captioner) -> None:
-    optimizer, schedule = build_adamw(
-        captioner,
-        lambda step: step / 50,
-        lr=LR,
-        betas=(0.9, 0.98),
-        eps=1e-8,
-        weight_decay=0.1,
-        warmup_steps=1000,
-        final_lr=0.0,
-        fused=False,
-    )
+    optimizer, schedule = adamw(captioner, lambda step: step / 50, warmup_steps=1000, final_lr=0.0)
     for _ in range(5):
         optimizer.step()
         schedule.step()
@@ -96,14 +85,4 @@ def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: C
 
 def test_a_negative_rate_is_refused(captioner: Captioner) -> None:
     with pytest.raises(InputError, match=r"optimizer.lr.bridge=-1 must be at least 0"):
-        build_adamw(
-            captioner,
-            lambda step: 0.0,
-            lr={**LR, "bridge": -1},
-            betas=(0.9, 0.98),
-            eps=1e-8,
-            weight_decay=0.1,
-            warmup_steps=10,
-            final_lr=0.1,
-            fused=True,
-        )
+        adamw(captioner, lambda step: 0.0, lr={**LR, "bridge": -1})

@@ -23,6 +23,7 @@ from efficap.data.transforms import EvaluationTransform, load_rgb
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.report import GalleryItem, write_gallery
+from efficap.models.pretrained import preprocessing
 from efficap.training.module import write_captions
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
@@ -49,12 +50,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     files = find_pictures(cfg["images"])
     tokenizer = run.tokenizer()
     captioner = run.captioner(tokenizer, device)
-    model = run.config["model"]
-    transform = EvaluationTransform(
-        image_size=model["image_size"],
-        interpolation=model["encoder"]["interpolation"],
-        crop_pct=model["encoder"]["crop_pct"],
-    )
+    transform = EvaluationTransform(**preprocessing(run.config["model"]))
     out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
     results: dict[Path, CaptionedFile] = {}

@@ -25,6 +25,7 @@ from efficap.evaluation.scores import (
     distinct_share,
     score_captions,
 )
+from efficap.models.pretrained import preprocessing
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import write_captions
 
@@ -83,14 +84,7 @@ def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTok
         changes["batch_size"] = cfg["batch_size"]
     data = run.data(changes)
     data.prepare_data()
-    model = run.config["model"]
-    data.prepare(
-        tokenizer,
-        image_size=model["image_size"],
-        interpolation=model["encoder"]["interpolation"],
-        crop_pct=model["encoder"]["crop_pct"],
-        splits=[cfg["split"]],
-    )
+    data.prepare(tokenizer, **preprocessing(run.config["model"]), splits=[cfg["split"]])
     return data
 
 

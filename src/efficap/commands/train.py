@@ -21,7 +21,7 @@ from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
 from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner, load_pretrained_parts, resolve_model
+from efficap.models.pretrained import build_captioner, load_pretrained_parts, preprocessing, resolve_model
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
 from efficap.training.ema import ExponentialMovingAverage
@@ -47,14 +47,7 @@ def train(cfg: dict[str, Any]) -> Path:
     data = instantiate(cfg["data"])
     data.prepare_data()
     tokenizer = build_tokenizer(model["tokenizer"], data)
-    encoder = model["encoder"]
-    data.prepare(
-        tokenizer,
-        image_size=model["image_size"],
-        interpolation=encoder["interpolation"],
-        crop_pct=encoder["crop_pct"],
-        splits=["train", "val"],
-    )
+    data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
     captioner = build_captioner(model, tokenizer.vocab_size)
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}

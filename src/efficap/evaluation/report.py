@@ -22,13 +22,15 @@ def scores_table(scores: Scores) -> Table:
     """The scores for the screen, as computed and as papers print them (×100); failed metrics with the reason.
 
     Args:
-        scores: as `score_captions` returns them; ``split`` and ``images`` go to the title, all else to rows.
+        scores: as `score_captions` returns them; ``split``, ``images`` and ``decoding`` go to the title, all else
+            to rows.
     """
     from rich.table import Table
     from rich.text import Text
 
     parts = [str(scores["split"])] if "split" in scores else []
     parts += [f"{scores['images']} images"] if "images" in scores else []
+    parts += [str(scores["decoding"])] if scores.get("decoding") is not None else []
     table = Table(title=Text(", ".join(parts)) if parts else None)
     table.add_column("metric", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
@@ -37,7 +39,7 @@ def scores_table(scores: Scores) -> Table:
     if reasons:
         table.add_column("reason")
     for name, value in scores.items():
-        if name in ("split", "images") or name.endswith(ERROR):
+        if name in ("split", "images", "decoding") or name.endswith(ERROR):
             continue
         if value is None:  # BLEU fails as one: its reason stands at the first of its four rows
             reason = reasons.pop(name, "") or reasons.pop(name.split("-")[0], "")

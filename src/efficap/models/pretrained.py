@@ -51,6 +51,16 @@ def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
     return {**model, "encoder": encoder, "bridge": bridge, "decoder": decoder}
 
 
+def preprocessing(model: dict[str, Any]) -> dict[str, Any]:
+    """How pictures are made for a resolved model: ``image_size``, ``interpolation`` and ``crop_pct``."""
+    encoder = model["encoder"]
+    return {
+        "image_size": model["image_size"],
+        "interpolation": encoder["interpolation"],
+        "crop_pct": encoder["crop_pct"],
+    }
+
+
 def build_captioner(model: dict[str, Any], vocab_size: int) -> Captioner:
     """A captioner with fresh weights from a resolved model configuration (see `resolve_model`)."""
     encoder, decoder = model["encoder"], model["decoder"]
