@@ -42,7 +42,8 @@ class BestCheckpoint(ModelCheckpoint):
     """Lightning's checkpoint of the best val/CIDEr, and its weights alone as model.safetensors.
 
     The weights are taken from the checkpoint, since that holds the averaged ones where there is an average. The
-    last step is always validated; where no validation could be, the last weights are kept.
+    last step is validated whatever the interval, unless check_val_every_n_epoch leaves out its epoch; where there
+    was no validation at all, the last weights are kept.
     """
 
     def __init__(self, run_dir: Path) -> None:
