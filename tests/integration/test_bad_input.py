@@ -94,7 +94,9 @@ def test_missing_pictures_are_named_before_training(
     (colour_table / "images" / "train_3.jpg").unlink()
     status, stderr = run("train.py", *tiny_overrides(colour_table, tmp_path / "run"))
     assert status == 1
-    assert re.search(r"error: 1 of 12 pictures are missing or unreadable: .*train_3.jpg \(missing\)", stderr)
+    assert re.search(
+        r"error: 1 \(missing 1\) of 16 samples cannot be used, .*train_3.jpg \(missing\)", stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from efficap.commands.run_dir import RunDirectory, choose_device
-from efficap.data.csv import default_workers
-from efficap.data.transforms import EvaluationTransform, load_rgb
+from efficap.data.module import default_workers
+from efficap.data.pictures import Picture, PictureError
+from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.report import GalleryItem, write_gallery
@@ -117,9 +118,9 @@ class Pictures(Dataset[tuple[Path, Tensor | None, str]]):
     def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
         file = self.files[index]
         try:
-            return file, self.transform(load_rgb(file)), ""
-        except OSError as error:
-            return file, None, str(error).removeprefix(f"{file}: ")
+            return file, self.transform(Picture(file)), ""
+        except PictureError as error:
+            return file, None, str(error)
 
 
 def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:

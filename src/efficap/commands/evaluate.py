@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from efficap.commands.run_dir import RunDirectory, choose_device
-from efficap.data.csv import CSVDataModule
-from efficap.data.table import CaptionTable
+from efficap.data.module import CaptionDataModule
 from efficap.decoding import Decoding, build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
@@ -51,17 +53,18 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
 
     out = run.path / "eval" / split
     predictions: dict[str, str] = {}
+    references: dict[str, list[str]] = {}
     batches = data.evaluation_dataloader(split)
     with torch.inference_mode():
         for batch in track(batches, f"Captioning {split}", console=Console(stderr=True), transient=True):
             captions = write_captions(
                 captioner, tokenizer, decoding, batch.images.to(device), batch.image_ids
             )
+            assert batch.references is not None
             predictions |= dict(zip(batch.image_ids, captions, strict=True))
+            references |= dict(zip(batch.image_ids, batch.references, strict=True))
     write_predictions(out / "captions.json", predictions)
 
-    table = data.split(split)
-    references = dict(zip(table.image_ids, table.references, strict=True))
     scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(decoding)}
     scores |= score_captions(predictions, references, metrics=cfg["metrics"])
     if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
@@ -71,14 +74,18 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     console = Console()
     console.print(scores_table(scores))
     if cfg["gallery"]:
-        _write_pages(out, run.config["name"], scores, predictions, table, cfg["gallery"])
+        title = f"{run.config['name']}: {split}"
+        pictures = functools.partial(data.picture, split)
+        _write_pages(out, title, scores, predictions, references, pictures, cfg["gallery"])
+    for note in data.notes():
+        console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(
         f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False, markup=False
     )
     return scores
 
 
-def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CSVDataModule:
+def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CaptionDataModule:
     changes = dict(cfg["data"])
     if cfg["batch_size"] is not None:
         changes["batch_size"] = cfg["batch_size"]
@@ -104,22 +111,27 @@ def _shuffled_cider(
 
 
 def _write_pages(
-    out: Path, name: str, scores: Scores, predictions: dict[str, str], table: CaptionTable, count: int
+    out: Path,
+    title: str,
+    scores: Scores,
+    predictions: dict[str, str],
+    references: dict[str, list[str]],
+    pictures: Callable[[str], Path | Image.Image],
+    count: int,
 ) -> None:
-    references = dict(zip(table.image_ids, table.references, strict=True))
     corpus = scores.get("CIDEr")
     cider = cider_per_image(predictions, references) if isinstance(corpus, float) else {}
     items = [
         GalleryItem(
-            file,
-            predictions[image_id],
+            pictures(image_id),
+            caption,
             references[image_id],
             note=f"CIDEr {cider[image_id]:.2f}" if cider else "",
         )
-        for image_id, file in itertools.islice(zip(table.image_ids, table.files, strict=True), count)
+        for image_id, caption in itertools.islice(predictions.items(), count)
     ]
     subtitle = f"CIDEr {corpus:.3f} on {len(predictions):,} pictures" if isinstance(corpus, float) else ""
-    write_gallery(out / "index.html", items, title=f"{name}: {table.split}", subtitle=subtitle)
+    write_gallery(out / "index.html", items, title=title, subtitle=subtitle)
     contact_sheet(out / "sheet.png", items[:SHEET])
 
 

@@ -12,6 +12,8 @@ from hydra.utils import get_class
 
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.module import DemoDataModule
+from efficap.data.module import CaptionDataModule
+from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.models.captioner import Captioner
 from efficap.models.pretrained import load_captioner
@@ -22,8 +24,9 @@ TOKENIZER_DIR = "tokenizer"
 _KEYS = {"name", "model", "data", "decoding"}
 
 # A run's configuration may come from anywhere, so its _target_ picks one of these and is never imported.
-_DATA_MODULES: dict[str, type[CSVDataModule]] = {
-    f"{module.__module__}.{module.__qualname__}": module for module in (CSVDataModule, DemoDataModule)
+_DATA_MODULES: dict[str, type[CaptionDataModule]] = {
+    f"{module.__module__}.{module.__qualname__}": module
+    for module in (CSVDataModule, DemoDataModule, WebDatasetDataModule)
 }
 
 
@@ -58,7 +61,7 @@ class RunDirectory:
         """The trained model on `device`, in evaluation mode."""
         return load_captioner(self.path, self.config["model"], tokenizer.vocab_size).to(device)
 
-    def data(self, changes: dict[str, Any]) -> CSVDataModule:
+    def data(self, changes: dict[str, Any]) -> CaptionDataModule:
         """The run's data module with some of its settings changed.
 
         Raises:

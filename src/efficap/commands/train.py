@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import sys
@@ -16,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from efficap.commands.run_dir import check_accelerator, write_run
-from efficap.data.csv import CSVDataModule
+from efficap.data.module import CaptionDataModule
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
@@ -27,6 +28,8 @@ from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, 
 from efficap.training.ema import ExponentialMovingAverage
 from efficap.training.module import CaptionModule
 from efficap.training.summary import print_summary
+
+_PATHS = {"table", "image_dir", "root", "quarantine", "shards", "val_shards", "test_shards", "index_dir"}
 
 
 def train(cfg: dict[str, Any]) -> Path:
@@ -96,19 +99,22 @@ def _check_numbers(trainer: dict[str, Any]) -> None:
 
 def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
     """The data settings as the run directory keeps them, so that it evaluates from any folder."""
-    paths: dict[str, Any] = {
-        key: str(Path(data[key]).expanduser().absolute())
-        for key in ("table", "image_dir", "root")
-        if key in data
-    }
-    return {**data, **paths}
+    return {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
 
 
-def build_tokenizer(settings: dict[str, Any], data: CSVDataModule) -> CaptionTokenizer:
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_absolute(below) for below in value]
+    return str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
+
+
+def build_tokenizer(settings: dict[str, Any], data: CaptionDataModule) -> CaptionTokenizer:
     """The tokenizer of `settings`: pretrained by name, or learned from the training captions."""
     if settings["name"] is not None:
         return CaptionTokenizer.pretrained(settings["name"])
-    return CaptionTokenizer.learn(data.split("train").captions, settings["vocab_size"])
+    return CaptionTokenizer.learn(data.training_captions(), settings["vocab_size"])
 
 
 def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
@@ -121,21 +127,19 @@ def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
 
 
 def _print_plan(
-    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CSVDataModule
+    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionDataModule
 ) -> None:
     print_summary(
         captioner,
         cfg["model"],
         vocab_size=tokenizer.vocab_size,
-        pictures=len(data.split("train")),
+        pictures=data.training_size,
         captions_per_image=data.captions_per_image,
         max_tokens=data.max_tokens,
         batch_size=data.batch_size,
     )
-    if data.cut_captions:
-        print(
-            f"{data.cut_captions:,} captions are longer than data.max_tokens={data.max_tokens} and were cut; EOS stays"
-        )
+    for note in data.notes():
+        print(note)
 
 
 def _build_trainer(
@@ -155,17 +159,17 @@ def _build_trainer(
         logger=loggers,
         callbacks=callbacks,
         num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the loaders share themselves out
         enable_model_summary=False,
     )
 
 
-def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CSVDataModule) -> list[Callback]:
-    val = data.split("val")
-    files = dict(zip(val.image_ids, val.files, strict=True))
+def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionDataModule) -> list[Callback]:
+    pictures = functools.partial(data.picture, "val")
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
     if cfg["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["ema_decay"]))
-    return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, files), BestCheckpoint(run_dir)]
+    return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, pictures), BestCheckpoint(run_dir)]
 
 
 def _build_loggers(cfg: dict[str, Any], run_dir: Path) -> list[Logger]:

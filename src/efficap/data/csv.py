@@ -1,98 +1,87 @@
-"""Pictures in a folder, captions in a CSV: the data module for a user's own data."""
+"""Pictures in a folder, captions in a table: the data module for a user's own data, and for COCO and Flickr."""
 
 from __future__ import annotations
 
-import functools
-import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
+import pandas as pd
+from PIL import Image
+from rich.console import Console
+from rich.progress import track
 from torch.utils.data import DataLoader
 
-from efficap.batch import CaptionBatch
-from efficap.data.dataset import CaptionedImages, EncodedCaptions, EpochOrder, Item, collate
-from efficap.data.table import CaptionTable, check_images, read_table
+from efficap.data.dataset import CaptionedImages, CheckedLoader, SharedRows, encode_table
+from efficap.data.module import CaptionDataModule
+from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
+from efficap.data.pictures import Picture, PictureError
+from efficap.data.table import CaptionTable, read_table
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
-from efficap.tokenizer import CaptionTokenizer
 
 
-class CSVDataModule(pl.LightningDataModule):
+class CSVDataModule(CaptionDataModule):
     """Loaders of `CaptionBatch` over the splits of a caption table.
 
     Args:
-        table: the CSV, a row for each caption.
+        table: a CSV, TSV or Parquet with a row for each caption, COCO's or Karpathy's JSON, Flickr's token file; or a
+            mapping of splits to such files.
         image_dir: what the picture names in it are relative to.
+        allow_absolute: whether they may lie outside it.
         image_column, caption_column, split_column: names of its columns.
-        train_split, val_split, test_split: values of its split column.
-        captions_per_image: K.
-        max_tokens: longest caption in tokens, BOS and EOS counted; longer ones are cut.
-        batch_size: B.
-        num_workers: loader processes; None takes one core less than there are, at most 8.
+        train_split, val_split, test_split: its names of the splits.
+        quarantine: a CSV of pictures to leave out, as the doctor writes it; None takes ``<table>.quarantine.csv``
+            where that is there.
         check_images: decode every picture once before training.
-        crop_scale, crop_ratio, flip: see `TrainingTransform`.
-        seed: of order, crops and the choice of captions.
+        common: the arguments of `CaptionDataModule`.
     """
 
     def __init__(
         self,
         *,
-        table: str,
+        table: str | Mapping[str, str],
         image_dir: str,
+        allow_absolute: bool,
         image_column: str,
         caption_column: str,
         split_column: str,
         train_split: str,
         val_split: str,
         test_split: str,
-        captions_per_image: int,
-        max_tokens: int,
-        batch_size: int,
-        num_workers: int | None,
+        quarantine: str | None,
         check_images: bool,
-        crop_scale: tuple[float, float],
-        crop_ratio: tuple[float, float],
-        flip: bool,
-        seed: int,
+        **common: Any,
     ) -> None:
-        super().__init__()
-        for name, value, least in (
-            ("captions_per_image", captions_per_image, 1),
-            ("batch_size", batch_size, 1),
-            ("max_tokens", max_tokens, 3),
-        ):
-            if value < least:
-                raise InputError(f"data.{name}={value} must be at least {least}")
-        self.table, self.image_dir = Path(table).expanduser(), Path(image_dir).expanduser()
+        super().__init__(**common)
+        self.table: Path | dict[str, Path] = (
+            Path(table).expanduser()
+            if isinstance(table, str)
+            else {split: Path(file).expanduser() for split, file in table.items()}
+        )
+        self.image_dir = Path(image_dir).expanduser()
+        self.allow_absolute, self.check = allow_absolute, check_images
         self.columns = {
             "image_column": image_column,
             "caption_column": caption_column,
             "split_column": split_column,
         }
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
-        self.captions_per_image, self.max_tokens = captions_per_image, max_tokens
-        self.batch_size, self.check, self.seed = batch_size, check_images, seed
-        self.num_workers = default_workers() if num_workers is None else num_workers
-        self.crop: dict[str, Any] = {
-            "crop_scale": tuple(crop_scale),
-            "crop_ratio": tuple(crop_ratio),
-            "flip": flip,
-        }
-        self.cut_captions = 0
+        self.quarantine = Path(quarantine).expanduser() if quarantine is not None else None
+        self.quarantined = 0
         self._splits: dict[str, CaptionTable] = {}
-        self._encoded: dict[str, EncodedCaptions] = {}
-        self._epoch = 0
+        self._rows: dict[str, SharedRows] = {}
+        self._files: dict[str, dict[str, Path]] = {}
 
     def split(self, name: str) -> CaptionTable:
-        """The pictures of a split; `train`, `val` and `test` go by the configured names, others by their own.
+        """The table of ``train``, ``val``, ``test``, or of any split by the table's own name for it.
 
         Raises:
-            InputError: the table cannot be used or has no such split.
+            InputError: the table has no such split.
         """
         if not self._splits:
-            self._splits = read_table(self.table, self.image_dir, **self.columns)
+            self._read()
         in_table = self.split_names.get(name, name)
         if in_table not in self._splits:
             sizes = ", ".join(f"{split} ({len(table)} pictures)" for split, table in self._splits.items())
@@ -100,80 +89,149 @@ class CSVDataModule(pl.LightningDataModule):
             raise InputError(f"{setting}: {self.table} has no picture in that split; it has {sizes}")
         return self._splits[in_table]
 
-    def prepare(
-        self,
-        tokenizer: CaptionTokenizer,
-        *,
-        image_size: int,
-        interpolation: str,
-        crop_pct: float,
-        splits: list[str],
-    ) -> None:
-        """Check the pictures and encode the captions of `splits` once, before any loader is asked for.
+    def _read(self) -> None:
+        tables, empties = read_table(
+            self.table, self.image_dir, **self.columns, text=self.text, allow_absolute=self.allow_absolute
+        )
+        self.bad_samples.total = sum(map(len, tables.values()))
+        for empty in empties:
+            self.bad_samples.total += 1
+            self.bad_samples.add(f"row {empty.row} of {self.table}, {empty.image_id}", "empty caption")
+        left_out = self._read_quarantine()
+        for split, table in tables.items():
+            kept = table.without(left_out) if left_out else table
+            self.quarantined += len(table) - len(kept)
+            if len(kept):
+                self._splits[split] = kept
+        self.bad_samples.check()
 
-        Raises:
-            InputError: a missing or unreadable picture, or a split that is not there.
-        """
-        tables = {name: self.split(name) for name in splits}
-        if self.check:
-            check_images([file for table in tables.values() for file in table.files])
-        self.evaluation_transform = EvaluationTransform(
-            image_size=image_size, interpolation=interpolation, crop_pct=crop_pct
-        )
-        self.training_transform = TrainingTransform(
-            image_size=image_size, interpolation=interpolation, **self.crop
-        )
-        self.pad_id = tokenizer.pad_id
-        for name, table in tables.items():
-            ids, cut = tokenizer.encode(table.captions, self.max_tokens)
+    def _read_quarantine(self) -> set[str]:
+        file = self.quarantine
+        if file is None:
+            if not isinstance(self.table, Path):
+                return set()
+            file = self.table.with_suffix(".quarantine.csv")
+            if not file.is_file():
+                return set()
+        try:
+            return set(pd.read_csv(file, dtype=str, keep_default_na=False)["image"])
+        except (OSError, ValueError, KeyError) as error:
+            raise InputError(f"data.quarantine={file} is no CSV with a column image: {error}") from error
+
+    def training_captions(self) -> Iterable[str]:
+        return self.split("train").captions
+
+    @property
+    def training_size(self) -> int:
+        return len(self.split("train"))
+
+    def _prepare_splits(self, splits: list[str]) -> None:
+        for name in splits:
+            table = self.split(name)
+            if self.check:
+                table = self._checked(table)
+            if name == "train":
+                table = self._learnable(table)
+            if not len(table):
+                raise InputError(f"{self.table}: nothing is left of the split {table.split}; {self._why()}")
+            self._splits[table.split] = table
+        self.bad_samples.check()
+        for name in splits:
+            self._rows[name], cut = encode_table(self.split(name), self.tokenizer, self.max_tokens)
             self.cut_captions += cut
-            self._encoded[name] = EncodedCaptions(ids, [len(references) for references in table.references])
 
-    def train_dataloader(self) -> DataLoader[Item]:
-        images = self._images("train", self.training_transform)
-        order = EpochOrder(
-            len(images), self.seed, first_epoch=self.trainer.current_epoch if self.trainer else 0
+    def _why(self) -> str:
+        return "; ".join(self.notes()) or "it has no picture"
+
+    def _checked(self, table: CaptionTable) -> CaptionTable:
+        """The table without the pictures that cannot be decoded."""
+
+        def why_bad(file: Path) -> PictureError | None:
+            try:
+                Picture(file, self.max_pixels).pixels(at_least=1)  # JPEGs at an eighth of their size
+            except PictureError as error:
+                return error
+            return None
+
+        files = table.files
+        broken = set()
+        with ThreadPoolExecutor() as threads:
+            console = Console(stderr=True)
+            reasons = track(
+                threads.map(why_bad, files),
+                f"Checking {table.split}",
+                total=len(files),
+                transient=True,
+                console=console,
+                disable=not console.is_terminal,
+            )
+            for image_id, file, error in zip(table.image_ids, files, reasons, strict=True):
+                if error is not None:
+                    broken.add(image_id)
+                    detail = str(error).removeprefix(error.reason).removeprefix(": ")
+                    self.bad_samples.add(str(file), error.reason, detail)
+        return table.without(broken) if broken else table
+
+    def _learnable(self, table: CaptionTable) -> CaptionTable:
+        """The table with the captions that training learns from, and without pictures that have none."""
+        references = table.references
+        chosen = [[captions[n] for n in self.text.learnable(captions)] for captions in references]
+        if not self.text.left_out:
+            return table
+        kept = [row for row in zip(table.image_ids, table.files, chosen, strict=True) if row[2]]
+        image_ids, files, captions = ([row[n] for row in kept] for n in range(3))
+        return CaptionTable.of(table.split, image_ids, files, captions)  # type: ignore[arg-type]
+
+    def notes(self) -> list[str]:
+        lines = super().notes()
+        if self.quarantined:
+            lines.append(f"{self.quarantined:,} pictures are in quarantine and left out")
+        return lines
+
+    def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        if split not in self._files:
+            table = self.split(split)
+            self._files[split] = dict(zip(table.image_ids, table.files, strict=True))
+        return self._files[split][image_id]
+
+    def train_dataloader(self) -> CheckedLoader:
+        rows = self._rows["train"]
+        rank, world = self._ranks
+        order = BatchOrder(
+            Shuffled(len(rows), self.seed),
+            batch_size=self.batch_size,
+            rank=rank,
+            world=world,
+            steps_per_epoch=self.steps_per_epoch,
         )
-        # A last batch of a few pictures would give BatchNorm poor statistics.
-        rest = len(images) % self.batch_size
-        few = len(images) > self.batch_size and rest < self.batch_size / 4
-        return self._loader(images, sampler=order, drop_last=few)
+        return self._loader(rows, self.training_transform, order)
 
-    def val_dataloader(self) -> DataLoader[Item]:
-        return self.evaluation_dataloader("val")
+    def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        rows = self._rows[split]
+        rank, world = self._ranks
+        order = EvaluationOrder(len(rows), batch_size=self.batch_size, rank=rank, world=world)
+        return self._loader(rows, self.evaluation_transform, order)
 
-    def evaluation_dataloader(self, split: str) -> DataLoader[Item]:
-        """Every picture of a prepared split once, in order, as evaluation sees it, with all its references."""
-        images = self._images(split, self.evaluation_transform)
-        return self._loader(images, sampler=[(0, index) for index in range(len(images))], drop_last=False)
-
-    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
-        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
-        return batch.to(device, non_blocking=device.type == "cuda")
-
-    def _images(self, split: str, transform: TrainingTransform | EvaluationTransform) -> CaptionedImages:
-        return CaptionedImages(
-            self.split(split),
-            self._encoded[split],
+    def _loader(
+        self,
+        rows: SharedRows,
+        transform: TrainingTransform | EvaluationTransform,
+        order: BatchOrder | EvaluationOrder,
+    ) -> CheckedLoader:
+        images = CaptionedImages(
+            rows,
             transform,
             captions_per_image=self.captions_per_image,
+            max_pixels=self.max_pixels,
             seed=self.seed,
+            pad_id=self.tokenizer.pad_id,
         )
-
-    def _loader(self, images: CaptionedImages, sampler: Any, drop_last: bool) -> DataLoader[Item]:
-        return DataLoader(
+        loader: DataLoader[Any] = DataLoader(
             images,
-            batch_size=self.batch_size,
-            sampler=sampler,
-            drop_last=drop_last,
+            batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self.trainer is not None and self.trainer.strategy.root_device.type == "cuda",
-            collate_fn=functools.partial(collate, pad_id=self.pad_id),
+            pin_memory=self._device.type == "cuda",
+            collate_fn=images.collate,
         )
-
-
-def default_workers() -> int:
-    """Loader processes where none are asked for: one less than this process may use cores, 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return min(8, max(1, cores - 1))
+        return CheckedLoader(loader, self.bad_samples, self._ranks[1], self._starter(order))

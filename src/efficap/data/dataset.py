@@ -1,113 +1,214 @@
-"""Pictures with their captions as items, items as batches, and the order that they come in.
+"""Pictures with their captions as items, and items as batches.
 
 B images, K captions of each, T tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+import os
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import Dataset, Sampler
+from torch import Tensor
+from torch.utils.data import Dataset
 
 from efficap.batch import CaptionBatch
+from efficap.data.bad_samples import BadSamples
+from efficap.data.order import Key, turn
+from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable
-from efficap.data.transforms import EvaluationTransform, TrainingTransform, load_rgb
+from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.errors import InputError
+from efficap.tokenizer import CaptionTokenizer
 
-Item = dict[str, Any]
+
+class SharedRows:
+    """An Arrow table in a temporary file, memory-mapped.
+
+    Loader processes read the same pages, whether they were forked or started anew: a Python list of the same rows would
+    be copied into each of them, page by page, as their reference counts change.
+    """
+
+    def __init__(self, rows: pa.Table) -> None:
+        handle, self._file = tempfile.mkstemp(prefix="efficap-", suffix=".arrow")
+        os.close(handle)
+        with pa.OSFile(self._file, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
+        weakref.finalize(self, _remove, self._file, os.getpid())
+        self._open()
+
+    def _open(self) -> None:
+        with pa.memory_map(self._file) as source:
+            rows = pa.ipc.open_file(source).read_all()
+        self._columns = {
+            name: rows[name].chunk(0) if rows.num_rows else rows[name] for name in rows.column_names
+        }
+        self.num_rows = rows.num_rows
+
+    def __getstate__(self) -> str:
+        return self._file
+
+    def __setstate__(self, file: str) -> None:
+        self._file = file
+        self._open()
+
+    def __len__(self) -> int:
+        return int(self.num_rows)
+
+    def __getitem__(self, place: tuple[str, int]) -> Any:
+        column, row = place
+        return self._columns[column][row].as_py()
+
+    def ids(self, row: int) -> list[NDArray[np.int32]]:
+        """The ids of each caption of a row."""
+        captions = self._columns["tokens"][row].values
+        return [caption.values.to_numpy() for caption in captions]
 
 
-def collate(items: list[Item], pad_id: int) -> CaptionBatch:
-    """Items of `CaptionedImages` to one batch; K and T are no larger than these items need."""
-    most = max(len(item["captions"]) for item in items)
-    longest = max(len(ids) for item in items for ids in item["captions"])
-    tokens = torch.full((len(items), most, longest), pad_id)  # (B, K, T)
-    lengths = torch.zeros(len(items), most, dtype=torch.int64)  # (B, K)
-    for b, item in enumerate(items):
-        for k, ids in enumerate(item["captions"]):
-            tokens[b, k, : len(ids)] = torch.from_numpy(ids.astype(np.int64))
+def _remove(file: str, owner: int) -> None:
+    if os.getpid() == owner:  # and not a loader process that ends
+        Path(file).unlink(missing_ok=True)
+
+
+def encode_table(table: CaptionTable, tokenizer: CaptionTokenizer, max_tokens: int) -> tuple[SharedRows, int]:
+    """The table with the ids of its captions in a column ``tokens``, and the number of captions that were cut."""
+    references = table.rows["references"].combine_chunks()
+    encoded, cut = tokenizer.encode(references.flatten().to_pylist(), max_tokens)
+    offsets = np.cumsum([0, *map(len, encoded)])
+    flat = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32, count=int(offsets[-1]))
+    captions = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat))
+    tokens = pa.LargeListArray.from_arrays(references.offsets, captions)
+    return SharedRows(table.rows.append_column("tokens", tokens)), cut
+
+
+def collate(
+    images: list[Tensor],
+    captions: list[list[NDArray[np.int32]]],
+    image_ids: list[str],
+    references: list[list[str]] | None,
+    pad_id: int,
+) -> CaptionBatch:
+    """One batch; K and T are no larger than these captions need."""
+    tokens, lengths = collate_captions(captions, pad_id)
+    return CaptionBatch(torch.stack(images), tokens, lengths, image_ids, references)
+
+
+def collate_captions(captions: list[list[NDArray[np.int32]]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """(B, K, T) ids and (B, K) lengths of B lists of captions."""
+    most = max(map(len, captions))
+    longest = max(len(ids) for of_image in captions for ids in of_image)
+    tokens = np.full((len(captions), most, longest), pad_id, np.int64)  # (B, K, T)
+    lengths = np.zeros((len(captions), most), np.int64)  # (B, K)
+    for b, of_image in enumerate(captions):
+        for k, ids in enumerate(of_image):
+            tokens[b, k, : len(ids)] = ids
             lengths[b, k] = len(ids)
-    references = None if items[0]["references"] is None else [item["references"] for item in items]
-    images = torch.stack([item["image"] for item in items])  # (B, 3, H, W)
-    return CaptionBatch(images, tokens, lengths, [item["image_id"] for item in items], references)
+    return torch.from_numpy(tokens), torch.from_numpy(lengths)
 
 
-class EncodedCaptions:
-    """All captions of a split as ids in one flat array, so that loader processes share it without copies."""
-
-    def __init__(self, captions: list[list[int]], per_image: list[int]) -> None:
-        self.ids: NDArray[np.int32] = np.fromiter((i for ids in captions for i in ids), dtype=np.int32)
-        self.starts: NDArray[np.int64] = np.cumsum([0, *map(len, captions)])
-        self.first: NDArray[np.int64] = np.cumsum([0, *per_image])
-
-    def of(self, image: int) -> list[NDArray[np.int32]]:
-        """The ids of each caption of picture number `image`."""
-        numbers = range(self.first[image], self.first[image + 1])
-        return [self.ids[self.starts[n] : self.starts[n + 1]] for n in numbers]
-
-
-class CaptionedImages(Dataset[Item]):
-    """One item a picture, a pure function of (seed, epoch, picture).
+class CaptionedImages(Dataset[Any]):
+    """One item a picture, a pure function of (seed, time through the data, picture).
 
     In training its pixels and K of its captions; in evaluation all captions, so that a loss does not depend on K.
+    A picture that cannot be read gives the `PictureError` in place of its pixels.
     """
 
     def __init__(
         self,
-        table: CaptionTable,
-        captions: EncodedCaptions,
+        rows: SharedRows,
         transform: TrainingTransform | EvaluationTransform,
         *,
         captions_per_image: int,
+        max_pixels: int,
         seed: int,
+        pad_id: int,
     ) -> None:
-        self.table, self.captions, self.transform = table, captions, transform
-        self.K, self.seed = captions_per_image, seed
+        self.rows, self.transform = rows, transform
+        self.K, self.max_pixels, self.seed, self.pad_id = captions_per_image, max_pixels, seed, pad_id
 
     def __len__(self) -> int:
-        return len(self.table)
+        return len(self.rows)
 
-    def __getitem__(self, key: tuple[int, int]) -> Item:
-        epoch, index = key
-        image = load_rgb(self.table.files[index])
-        captions, references = self.captions.of(index), None
+    def __getitem__(self, key: Key) -> tuple[Tensor | PictureError, int, list[NDArray[np.int32]]]:
+        time, index = key
+        captions = self.rows.ids(index)
+        pixels: Tensor | PictureError
+        try:
+            picture = Picture(Path(self.rows["file", index]), self.max_pixels)
+            if isinstance(self.transform, TrainingTransform):
+                pixels = self.transform(picture, np.random.default_rng((self.seed, time, index)))
+            else:
+                pixels = self.transform(picture)
+        except PictureError as error:
+            return error, index, captions
         if isinstance(self.transform, TrainingTransform):
-            pixels = self.transform(image, np.random.default_rng((self.seed, epoch, index)))
-            captions = [captions[n] for n in self._turn(len(captions), epoch, index)]
-        else:
-            pixels = self.transform(image)
-            references = self.table.references[index]
-        return {
-            "image": pixels,
-            "captions": captions,
-            "image_id": self.table.image_ids[index],
-            "references": references,
-        }
+            captions = [
+                captions[n] for n in turn(len(captions), self.K, seed=self.seed, time=time, sample=index)
+            ]
+        return pixels, index, captions
 
-    def _turn(self, count: int, epoch: int, index: int) -> list[int]:
-        """K of `count` captions without repeats, going round over the epochs so that all are used."""
-        order = np.random.default_rng((self.seed, index)).permutation(count)
-        first = epoch * self.K % count
-        return [int(order[(first + k) % count]) for k in range(min(self.K, count))]
+    def collate(self, items: list[Any]) -> tuple[CaptionBatch | None, list[tuple[str, str, str]]]:
+        """A batch of the items that could be read, None where there is none; file, reason, detail of the others."""
+        bad = [
+            (self.rows["file", index], error.reason, str(error).removeprefix(f"{error.reason}: "))
+            for error, index, _ in items
+            if isinstance(error, PictureError)
+        ]
+        good = [item for item in items if not isinstance(item[0], PictureError)]
+        if not good:
+            return None, bad
+        images, indices, captions = (list(column) for column in zip(*good, strict=True))
+        in_training = isinstance(self.transform, TrainingTransform)
+        references = None if in_training else [self.rows["references", index] for index in indices]
+        image_ids = [self.rows["image_id", index] for index in indices]
+        return collate(images, captions, image_ids, references, self.pad_id), bad
 
 
-class EpochOrder(Sampler[tuple[int, int]]):
-    """Every picture once an epoch, as (epoch, picture), in an order that follows from seed and epoch alone."""
+class Loader(Protocol):
+    """Yields a batch, None where nothing of it is left, and name, reason and detail of its bad samples."""
 
-    def __init__(self, size: int, seed: int, first_epoch: int) -> None:
-        self.size, self.seed, self.epoch = size, seed, first_epoch
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[CaptionBatch | None, list[tuple[str, str, str]]]]: ...
+
+
+class CheckedLoader:
+    """The batches of a loader; its bad samples are counted, and too many of them are an `InputError`.
+
+    Args:
+        loader: what it wraps.
+        bad_samples: the counts.
+        world: ranks. Where there are several, a batch of which nothing is left is replaced by the one before, as they
+            must all take the same number of steps.
+        on_start: called whenever the batches begin anew.
+    """
+
+    def __init__(
+        self, loader: Loader, bad_samples: BadSamples, world: int, on_start: Callable[[], None] = lambda: None
+    ) -> None:
+        self.loader, self.bad_samples, self.world, self.on_start = loader, bad_samples, world, on_start
 
     def __len__(self) -> int:
-        return self.size
+        return len(self.loader)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by Lightning before each epoch."""
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        epoch = self.epoch
-        order = np.random.default_rng((self.seed, epoch)).permutation(self.size)
-        return ((epoch, int(index)) for index in order)
+    def __iter__(self) -> Iterator[CaptionBatch]:
+        self.on_start()
+        last = None
+        for batch, bad in self.loader:
+            for name, reason, detail in bad:
+                self.bad_samples.add(name, reason, detail)
+            if bad:
+                self.bad_samples.check()
+            if batch is not None:
+                last = batch
+            elif self.world == 1:
+                continue
+            if last is None:
+                raise InputError(f"nothing of the first batch can be used: {self.bad_samples}")
+            yield last

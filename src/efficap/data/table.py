@@ -2,134 +2,168 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+import os
+import posixpath
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pandas as pd
-from PIL import Image, ImageOps
-from rich.progress import track
+import pyarrow as pa
 
+from efficap.data.formats import read_rows
+from efficap.data.text import CaptionText
 from efficap.errors import InputError
-
-NAMED = 10  # how many broken pictures an error names
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionTable:
     """The pictures of one split, each once, in the table's order.
 
+    The rows are an Arrow table: a few flat arrays however many captions there are, which loader processes share.
+
     Attributes:
         split: its name in the table.
-        image_ids: what the table calls each picture; unique.
-        files: where each picture lies.
-        references: every caption of each picture, white space collapsed.
+        rows: ``image_id`` (what the table calls a picture; unique), ``file`` (where it lies) and ``references`` (all
+            its captions, cleaned).
     """
 
     split: str
-    image_ids: list[str]
-    files: list[Path]
-    references: list[list[str]]
+    rows: pa.Table
+
+    @classmethod
+    def of(
+        cls, split: str, image_ids: list[str], files: list[Path], references: list[list[str]]
+    ) -> CaptionTable:
+        columns = {
+            "image_id": pa.array(image_ids, pa.large_string()),
+            "file": pa.array([str(file) for file in files], pa.large_string()),
+            "references": pa.array(references, pa.large_list(pa.large_string())),
+        }
+        return cls(split, pa.table(columns))
 
     def __len__(self) -> int:
-        return len(self.image_ids)
+        return int(self.rows.num_rows)
+
+    @property
+    def image_ids(self) -> list[str]:
+        return self.rows["image_id"].to_pylist()
+
+    @property
+    def files(self) -> list[Path]:
+        return [Path(file) for file in self.rows["file"].to_pylist()]
+
+    @property
+    def references(self) -> list[list[str]]:
+        return self.rows["references"].to_pylist()
 
     @property
     def captions(self) -> list[str]:
         """All captions, picture after picture."""
-        return [caption for references in self.references for caption in references]
+        return self.rows["references"].combine_chunks().flatten().to_pylist()
+
+    def without(self, image_ids: set[str]) -> CaptionTable:
+        """The same table without some of its pictures."""
+        keep = [image_id not in image_ids for image_id in self.image_ids]
+        return CaptionTable(self.split, self.rows.filter(pa.array(keep)).combine_chunks())
+
+
+@dataclass(frozen=True, slots=True)
+class EmptyCaption:
+    """A row without a caption: which picture, and which of the table's rows (the first is 1)."""
+
+    image_id: str
+    row: int
 
 
 def read_table(
-    table: Path, image_dir: Path, *, image_column: str, caption_column: str, split_column: str
-) -> dict[str, CaptionTable]:
-    """Read a CSV with a row for each caption into one `CaptionTable` a split.
+    table: Path | Mapping[str, Path],
+    image_dir: Path,
+    *,
+    image_column: str,
+    caption_column: str,
+    split_column: str,
+    text: CaptionText | None = None,
+    allow_absolute: bool = False,
+) -> tuple[dict[str, CaptionTable], list[EmptyCaption]]:
+    """Read a table of any known form into one `CaptionTable` a split.
 
     Args:
-        table: the CSV, with a header.
+        table: what `formats.read_rows` knows, or a file for each split.
         image_dir: what the picture names are relative to.
-        image_column, caption_column, split_column: the columns' names.
+        image_column, caption_column, split_column: the columns' names, where the form has columns.
+        text: cleans the captions; None: white space alone is collapsed.
+        allow_absolute: whether pictures may lie outside `image_dir`.
+
+    Returns:
+        The tables by split, and the rows whose caption is empty, which they leave out.
 
     Raises:
-        InputError: no such file, folder or column, no row, an empty cell, or a picture in two splits.
+        InputError: no such file, folder or column, no row, an empty name or split, a picture outside `image_dir`,
+            in two splits, or named like another but for its case.
     """
     if not image_dir.is_dir():
         raise InputError(f"data.image_dir={image_dir} is no directory")
-    columns = {"image": image_column, "caption": caption_column, "split": split_column}
-    rows = _read_csv(table, columns)
-    # Broken lines and odd white space inside a caption would otherwise reach tokenizer and scorer.
-    rows["caption"] = rows["caption"].str.split().str.join(" ")
-    for role in columns:
-        empty = rows.index[rows[role] == ""]
-        if len(empty):
+    rows = read_rows(
+        table,
+        image_dir=image_dir,
+        image_column=image_column,
+        caption_column=caption_column,
+        split_column=split_column,
+    )
+    rows["image"], rows["split"] = rows["image"].str.strip(), rows["split"].str.strip()
+    for role, column in (("image", image_column), ("split", split_column)):
+        if (rows[role] == "").any():
+            empty = rows.index[rows[role] == ""]
             raise InputError(
-                f"data.table={table}: {len(empty)} of {len(rows)} rows have an empty {columns[role]}, "
-                f"the first in row {empty[0] + 2}; fill or delete them"
+                f"data.table={table}: {len(empty)} of {len(rows)} rows have an empty {column}, "
+                f"the first is row {empty[0] + 1}; fill or delete them"
             )
+    clean = text.clean if text is not None else _collapse
+    rows["caption"] = [clean(caption) for caption in rows["caption"]]
+    names = {name: _checked_name(name, table, allow_absolute) for name in rows["image"].unique()}
+    rows["image"] = rows["image"].map(names)
+    _check_names(rows, table)
+    full = rows[rows["caption"] != ""]
+    empty_rows = rows[rows["caption"] == ""]["image"]
+    empties = [EmptyCaption(str(image), int(index) + 1) for index, image in empty_rows.items()]  # type: ignore[call-overload]
+    tables = {
+        str(split): _group(str(split), part, image_dir) for split, part in full.groupby("split", sort=False)
+    }
+    return tables, empties
+
+
+def _collapse(caption: str) -> str:
+    return " ".join(caption.split())
+
+
+def _checked_name(name: str, table: object, allow_absolute: bool) -> str:
+    normal = posixpath.normpath(name.replace(os.sep, "/"))
+    if not allow_absolute and (PurePosixPath(normal).is_absolute() or normal.startswith("..")):
+        raise InputError(
+            f"data.table={table}: {name} lies outside data.image_dir; data.allow_absolute=true reads it all the same"
+        )
+    return normal
+
+
+def _check_names(rows: pd.DataFrame, table: object) -> None:
     splits = rows.groupby("image", sort=False)["split"].nunique()
     twice = splits.index[splits > 1]
     if len(twice):
-        raise InputError(f"data.table={table}: {twice[0]} is in two splits ({len(twice)} such pictures)")
-    return {
-        str(split): _group(str(split), part, image_dir) for split, part in rows.groupby("split", sort=False)
-    }
-
-
-def _read_csv(table: Path, columns: dict[str, str]) -> pd.DataFrame:
-    if not table.is_file():
-        raise InputError(f"data.table={table} does not exist")
-    try:
-        rows = pd.read_csv(table, dtype=str, keep_default_na=False, encoding="utf-8-sig")
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"data.table={table} cannot be read as a CSV in UTF-8: {error}") from error
-    for role, column in columns.items():
-        if column not in rows.columns:
-            raise InputError(
-                f"data.table={table} has no column {column!r}, only {', '.join(map(repr, rows.columns))}; "
-                f"name it with data.{role}_column=NAME"
-            )
-    if rows.empty:
-        raise InputError(f"data.table={table} has a header but no rows")
-    return pd.DataFrame({role: rows[column].str.strip() for role, column in columns.items()})
+        raise InputError(
+            f"data.table={table}: {twice[0]} is in two splits ({len(twice)} such pictures); delete one of the two"
+        )
+    folded = pd.Series(splits.index).str.casefold()
+    alike = splits.index[folded.duplicated(keep=False)]
+    if len(alike):
+        first = str(alike[0])
+        other = next(str(name) for name in alike[1:] if str(name).casefold() == first.casefold())
+        raise InputError(
+            f"data.table={table}: {first} and {other} differ only in case, and on many disks are one file; rename one"
+        )
 
 
 def _group(split: str, rows: pd.DataFrame, image_dir: Path) -> CaptionTable:
     captions = rows.groupby("image", sort=False)["caption"].agg(list)
     image_ids = [str(image_id) for image_id in captions.index]
-    return CaptionTable(split, image_ids, [image_dir / image_id for image_id in image_ids], captions.tolist())
-
-
-def check_images(files: list[Path]) -> None:
-    """Decode every picture, JPEGs at an eighth of their size, so that a broken one is known before training.
-
-    Raises:
-        InputError: names the first ten that are missing or unreadable, and their number.
-    """
-    reasons = [reason for reason in _in_threads(_why_unreadable, files, "Checking pictures") if reason]
-    if reasons:
-        more = f" and {len(reasons) - NAMED} more" if len(reasons) > NAMED else ""
-        raise InputError(
-            f"{len(reasons)} of {len(files)} pictures are missing or unreadable: "
-            f"{'; '.join(reasons[:NAMED])}{more}. Mend them or delete their rows"
-        )
-
-
-def _why_unreadable(file: Path) -> str | None:
-    if not file.is_file():
-        return f"{file} (missing)"
-    try:
-        with Image.open(file) as image:
-            image.draft("RGB", (image.width // 8, image.height // 8))
-            ImageOps.exif_transpose(image).convert("RGB")
-    except Exception as error:  # of many kinds, by format and damage
-        return f"{file} ({error})"
-    return None
-
-
-def _in_threads(
-    function: Callable[[Path], str | None], files: list[Path], description: str
-) -> Iterator[str | None]:
-    with ThreadPoolExecutor() as threads:
-        yield from track(threads.map(function, files), description, total=len(files), transient=True)
+    return CaptionTable.of(split, image_ids, [image_dir / name for name in image_ids], captions.tolist())

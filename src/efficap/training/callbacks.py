@@ -9,7 +9,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
+from PIL import Image
 from torch import Tensor
 
 from efficap.batch import CaptionBatch
+from efficap.data.module import CaptionDataModule
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.models.pretrained import save_weights
 from efficap.training.module import CaptionModule
@@ -148,12 +150,14 @@ class RunMetrics(Callback):
         with _only_warning("curves.png"):
             plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
         parameters = list(trainer.lightning_module.parameters())
+        data = trainer.datamodule  # type: ignore[attr-defined]
         metrics = {
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "pairs": int(self.pairs or 0),
             "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
             "training_seconds": self.seconds,
+            "left_out": dict(data.bad_samples.counts) if isinstance(data, CaptionDataModule) else {},
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "best": max(
@@ -171,12 +175,12 @@ class SampleCaptions(Callback):
 
     Args:
         run_dir: pages go to its folder ``samples``.
-        files: where the picture of each image id lies.
+        pictures: gives the picture of an image id.
         count: pictures a page, always the same ones.
     """
 
-    def __init__(self, run_dir: Path, files: dict[str, Path], count: int = 24) -> None:
-        self.run_dir, self.files, self.count = run_dir, files, count
+    def __init__(self, run_dir: Path, pictures: Callable[[str], Path | Image.Image], count: int = 24) -> None:
+        self.run_dir, self.pictures, self.count = run_dir, pictures, count
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or self.count < 1:
@@ -185,7 +189,9 @@ class SampleCaptions(Callback):
         stride = max(1, len(pl_module.predictions) // self.count)
         chosen = list(itertools.islice(pl_module.predictions, 0, stride * self.count, stride))
         items = [
-            GalleryItem(self.files[image_id], pl_module.predictions[image_id], pl_module.references[image_id])
+            GalleryItem(
+                self.pictures(image_id), pl_module.predictions[image_id], pl_module.references[image_id]
+            )
             for image_id in chosen
         ]
         cider = float(trainer.callback_metrics["val/CIDEr"])
@@ -213,5 +219,12 @@ def _only_warning(what: str) -> Iterator[None]:
 def _log_table(logger: WandbLogger, items: list[GalleryItem]) -> None:
     import wandb
 
-    rows = [[wandb.Image(str(item.image)), item.caption, "\n".join(item.references)] for item in items]
+    rows = [
+        [
+            wandb.Image(str(item.image) if isinstance(item.image, Path) else item.image),
+            item.caption,
+            "\n".join(item.references),
+        ]
+        for item in items
+    ]
     logger.log_table("val/samples", columns=["image", "caption", "references"], data=rows)

@@ -1,0 +1,176 @@
+"""What every data module does alike: the settings of batches, crops and text, and the answers that training needs."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image
+
+from efficap.batch import CaptionBatch
+from efficap.data.bad_samples import BadSamples
+from efficap.data.dataset import CheckedLoader
+from efficap.data.order import BatchOrder, EvaluationOrder
+from efficap.data.text import CaptionText
+from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.errors import InputError
+from efficap.tokenizer import CaptionTokenizer
+
+
+class CaptionDataModule(pl.LightningDataModule, ABC):
+    """Loaders of `CaptionBatch`.
+
+    Args:
+        captions_per_image: K.
+        max_tokens: longest caption in tokens, BOS and EOS counted; longer ones are cut.
+        batch_size: B of one process.
+        num_workers: processes or threads that load; None takes one core less than there are, at most 8.
+        steps_per_epoch: batches that make an epoch; None: once through the data.
+        crop_scale, crop_ratio, flip, scaled_decoding: see `TrainingTransform`.
+        text: keyword arguments of `CaptionText`.
+        on_bad_sample, max_bad_fraction: see `BadSamples`.
+        max_pixels: larger pictures are bad samples.
+        seed: of order, crops and the choice of captions.
+
+    Attributes:
+        bad_samples, text: what was left out, by reason.
+        cut_captions: number of captions that were longer than `max_tokens`.
+
+    Raises:
+        InputError: a size that is too small, or what those that take the settings raise.
+    """
+
+    def __init__(
+        self,
+        *,
+        captions_per_image: int,
+        max_tokens: int,
+        batch_size: int,
+        num_workers: int | None,
+        steps_per_epoch: int | None,
+        crop_scale: tuple[float, float],
+        crop_ratio: tuple[float, float],
+        flip: bool,
+        scaled_decoding: bool,
+        text: Mapping[str, Any],
+        on_bad_sample: str,
+        max_bad_fraction: float,
+        max_pixels: int,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("captions_per_image", captions_per_image, 1),
+            ("batch_size", batch_size, 1),
+            ("max_tokens", max_tokens, 3),
+            ("steps_per_epoch", steps_per_epoch, 1),
+            ("max_pixels", max_pixels, 1),
+        ):
+            if value is not None and value < least:
+                raise InputError(f"data.{name}={value} must be at least {least}")
+        self.captions_per_image, self.max_tokens, self.batch_size = captions_per_image, max_tokens, batch_size
+        self.num_workers = default_workers() if num_workers is None else num_workers
+        self.steps_per_epoch, self.max_pixels, self.seed = steps_per_epoch, max_pixels, seed
+        self.crop: dict[str, Any] = {
+            "crop_scale": tuple(crop_scale),
+            "crop_ratio": tuple(crop_ratio),
+            "flip": flip,
+            "scaled_decoding": scaled_decoding,
+        }
+        self.text = CaptionText(**text)
+        self.bad_samples = BadSamples(on_bad_sample=on_bad_sample, max_bad_fraction=max_bad_fraction)
+        self.cut_captions = 0
+
+    def prepare(
+        self,
+        tokenizer: CaptionTokenizer,
+        *,
+        image_size: int,
+        interpolation: str,
+        crop_pct: float,
+        splits: list[str],
+    ) -> None:
+        """Check the pictures of `splits` and get their captions ready, once, before any loader is asked for.
+
+        Raises:
+            InputError: a split that is not there, or more bad samples than are allowed.
+        """
+        size: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
+        self.evaluation_transform = EvaluationTransform(**size, crop_pct=crop_pct)
+        self.training_transform = TrainingTransform(**size, **self.crop)
+        self.tokenizer = tokenizer
+        self._prepare_splits(splits)
+
+    @abstractmethod
+    def _prepare_splits(self, splits: list[str]) -> None: ...
+
+    @abstractmethod
+    def training_captions(self) -> Iterable[str]:
+        """Captions to learn a tokenizer from."""
+
+    @property
+    @abstractmethod
+    def training_size(self) -> int:
+        """Pictures of the training split."""
+
+    @abstractmethod
+    def train_dataloader(self) -> CheckedLoader: ...
+
+    def val_dataloader(self) -> CheckedLoader:
+        return self.evaluation_dataloader("val")
+
+    @abstractmethod
+    def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        """Every picture of a prepared split once, in turn, as evaluation sees it, with all its references."""
+
+    @abstractmethod
+    def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        """A picture to show: its file, or itself."""
+
+    def notes(self) -> list[str]:
+        """What a person should know of the prepared data, a line each."""
+        lines = []
+        if self.bad_samples:
+            lines.append(f"left out, as they cannot be used: {self.bad_samples}")
+        if self.text.left_out:
+            reasons = ", ".join(f"{reason} {count:,}" for reason, count in self.text.left_out.most_common())
+            lines.append(f"captions not learned: {self.text.left_out.total():,} ({reasons})")
+        if self.cut_captions:
+            lines.append(
+                f"{self.cut_captions:,} captions are longer than data.max_tokens={self.max_tokens} and were cut; "
+                "EOS stays"
+            )
+        return lines
+
+    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
+        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
+
+    @property
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _starter(self, order: BatchOrder | EvaluationOrder) -> Callable[[], None]:
+        """Tells a training order its epoch as it begins: Lightning restores it only after the loaders are made."""
+
+        def start() -> None:
+            if isinstance(order, BatchOrder) and self.trainer:
+                order.epoch = self.trainer.current_epoch
+
+        return start
+
+
+def default_workers() -> int:
+    """Loader processes where none are asked for: one less than this process may use cores, 1 to 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
+    return min(8, max(1, cores - 1))

@@ -1,0 +1,142 @@
+"""An encoded picture, opened with care: its size as it is shown, its pixels, or the reason why there are none.
+
+H, W: height and width in pixels, turned as the EXIF orientation says.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `Picture` holds the limit
+
+_ORIENTATION = 0x0112  # EXIF tag
+_REDUCTIONS = (8, 4, 2)
+
+
+class PictureError(OSError):
+    """A picture that cannot be read.
+
+    Attributes:
+        reason: a word or two to count by: ``missing``, ``empty``, ``no picture``, ``truncated``, ``too large``
+            or ``unreadable``.
+    """
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+class Picture:
+    """A picture whose header has been read.
+
+    Args:
+        source: a file, or its bytes.
+        max_pixels: more than these, a decompression bomb perhaps, are refused before they are decoded.
+
+    Attributes:
+        width, height: as shown, in pixels.
+        format: Pillow's name of it, such as ``JPEG``.
+        orientation: of EXIF, 1 (upright) to 8.
+
+    Raises:
+        PictureError: there is no such file, it is no picture, or it is too large.
+    """
+
+    def __init__(self, source: Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
+        data = source if isinstance(source, bytes) else _read(source)
+        if not data:
+            raise PictureError("empty", "0 bytes")
+        _raise_pillows_limit(max_pixels)
+        try:
+            self._image = Image.open(io.BytesIO(data))
+        except Image.DecompressionBombError as error:
+            raise PictureError("too large", f"{error}; the limit is {max_pixels:,}") from error
+        except UnidentifiedImageError:
+            raise PictureError("no picture", f"begins with {data[:16]!r}") from None
+        except Exception as error:  # of many kinds, by format and damage
+            raise _classified(error) from error
+        width, height = self._image.size
+        if width * height > max_pixels:
+            raise PictureError(
+                "too large", f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
+            )
+        self.format = self._image.format or ""
+        self.orientation = self._read_orientation()
+        self.width, self.height = (height, width) if self.orientation >= 5 else (width, height)
+
+    def pixels(self, at_least: int | None = None) -> Tensor:
+        """Decode to (3, H, W) uint8 RGB; the first frame of an animation, without its alpha.
+
+        Args:
+            at_least: a JPEG may come at 1/2, 1/4 or 1/8 of its size while its short side keeps as many pixels:
+                its decoder does that in the frequency domain, several times faster.
+
+        Raises:
+            PictureError: the data are damaged or end too early.
+        """
+        try:
+            if at_least is not None and self.format == "JPEG":
+                self._reduce(at_least)
+            pixels = torch.from_numpy(_rgb(self._image)).permute(2, 0, 1)  # (3, H, W)
+        except Exception as error:
+            raise _classified(error) from error
+        return _turned(pixels, self.orientation)
+
+    def _reduce(self, at_least: int) -> None:
+        width, height = self._image.size
+        for factor in _REDUCTIONS:
+            if min(width, height) // factor >= at_least:
+                self._image.draft(self._image.mode, (width // factor, height // factor))
+                return
+
+    def _read_orientation(self) -> int:
+        try:
+            orientation = self._image.getexif().get(_ORIENTATION, 1)
+        except Exception:  # damaged metadata of a good picture
+            return 1
+        return orientation if orientation in range(1, 9) else 1
+
+
+def _raise_pillows_limit(max_pixels: int) -> None:
+    """Pillow refuses what is above twice its own limit."""
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError:
+        raise PictureError("missing") from None
+    except OSError as error:
+        raise PictureError("unreadable", error.strerror or str(error)) from error
+
+
+def _classified(error: Exception) -> PictureError:
+    text = str(error) or type(error).__name__
+    early = isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "end of"))
+    return PictureError("truncated" if early else "unreadable", " ".join(text.split()))
+
+
+def _rgb(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion clips to white
+        high = (np.asarray(image, dtype=np.int64).clip(0, 65535) * 255 + 32767) // 65535  # (H, W)
+        return np.repeat(high.astype(np.uint8)[..., None], 3, axis=-1)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _turned(pixels: Tensor, orientation: int) -> Tensor:
+    """(3, H, W) as stored to (3, H, W) as shown; https://www.cipa.jp/std/documents/e/DC-X008-Translation-2019-E.pdf."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 2)
+    flips = {2: (2,), 3: (1, 2), 4: (1,), 6: (2,), 7: (1, 2), 8: (1,)}.get(orientation)
+    return pixels.flip(flips) if flips else pixels

@@ -1,0 +1,1 @@
+"""Webdataset shards: written, indexed, read and decoded."""

@@ -1,0 +1,86 @@
+"""``python -m efficap.data.shards``: any caption table as webdataset tars."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from efficap.data.pictures import MAX_PIXELS
+from efficap.data.shards.writer import ShardSettings, write_shards
+from efficap.data.table import read_table
+from efficap.errors import InputError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        for name, value in (
+            ("--samples-per-shard", options.samples_per_shard),
+            ("--short-side", options.short_side),
+        ):
+            if value is not None and value < 1:
+                raise InputError(f"{name} {value} must be at least 1")
+        settings = ShardSettings(options.samples_per_shard, options.short_side, options.max_pixels)
+        tables, empties = read_table(
+            options.table,
+            options.image_dir,
+            image_column=options.image_column,
+            caption_column=options.caption_column,
+            split_column=options.split_column,
+        )
+        for split in options.split or tables:
+            if split not in tables:
+                raise InputError(f"--split {split}: {options.table} has {', '.join(tables)}")
+            outcome = write_shards(tables[split], options.out_dir / split, settings, options.workers)
+            others = ", ".join(
+                f"{reason} {n:,}" for reason, n in outcome.most_common() if reason != "success"
+            )
+            print(f"{split}: {outcome['success']:,} pictures{f'; left out: {others}' if others else ''}")
+        if empties:
+            print(f"{len(empties):,} rows without a caption left out")
+        print(
+            f"python train.py data=webdataset data.shards={options.out_dir}/train "
+            f"data.val_shards={options.out_dir}/val data.caption_field=captions"
+        )
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m efficap.data.shards",
+        description="Write a caption table and its pictures as webdataset tars, a folder for each split.",
+        epilog="The same command again goes on where it was stopped.",
+    )
+    parser.add_argument(
+        "table", type=Path, help="CSV, TSV, Parquet, COCO's or Karpathy's JSON, or Flickr's token file"
+    )
+    parser.add_argument("image_dir", type=Path, help="what its picture names are relative to")
+    parser.add_argument("out_dir", type=Path, help="gets OUT_DIR/<split>/00000.tar and so on")
+    parser.add_argument("--split", action="append", help="only this one; may be given several times")
+    parser.add_argument(
+        "--samples-per-shard", type=int, default=10_000, metavar="N", help="pictures (default: 10000)"
+    )
+    parser.add_argument(
+        "--short-side",
+        type=int,
+        metavar="PIXELS",
+        help="resize larger pictures to it, as JPEGs (default: copy the files)",
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="leave larger pictures out"
+    )
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    for role, default in (("image", "file_name"), ("caption", "caption"), ("split", "split")):
+        parser.add_argument(f"--{role}-column", default=default, metavar="NAME", help=f"(default: {default})")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""NVIDIA DALI as a decoder: encoded pictures in, uint8 squares out, batches ahead of their use.
+
+B pictures, S: image_size.
+
+The pipeline is fed, and reads no file itself: its own webdataset reader fails a whole batch for one broken picture, and
+often without a name.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from efficap.data.pictures import Picture
+from efficap.data.transforms import Crop, Resized
+from efficap.errors import InputError
+
+AHEAD = 2  # batches begun before they are asked for
+
+Cut = Crop | Resized
+
+
+class DaliDecoder:
+    """The squares of batches of encoded pictures: an iterator, a few batches ahead of its use.
+
+    On a GPU nvJPEG decodes only the part of a picture that is cut out. On a CPU the whole picture is decoded and then
+    cut: DALI's CPU decoder was seen to take half as long again for a part (docs/benchmarks.md).
+
+    Args:
+        batches: encoded pictures and their cuts, B of each; read `AHEAD` batches before their squares are asked for.
+        training: cuts are `Crop` (cut, then resize); otherwise `Resized` (resize, then cut).
+        image_size: S.
+        interpolation: ``bicubic`` or ``bilinear``.
+        batch_size: the largest B.
+        num_threads: of the decoder.
+        device: where the squares are wanted; a CUDA device decodes there.
+
+    Raises:
+        InputError: DALI is not installed.
+    """
+
+    def __init__(
+        self,
+        batches: Iterator[tuple[Sequence[bytes], Sequence[Cut]]],
+        *,
+        training: bool,
+        image_size: int,
+        interpolation: str,
+        batch_size: int,
+        num_threads: int,
+        device: torch.device,
+    ) -> None:
+        self.size, self.device = image_size, device
+        feed = map(_training_input if training else _evaluation_input, batches)
+        self._pipeline = _build(feed, training, image_size, interpolation, batch_size, num_threads, device)
+        self._copy: Any = importlib.import_module("nvidia.dali.plugin.pytorch").feed_ndarray
+
+    def __iter__(self) -> DaliDecoder:
+        return self
+
+    def __next__(self) -> Tensor:
+        """The (B, 3, S, S) uint8 squares of the next batch, on the device.
+
+        Raises:
+            RuntimeError: one of its pictures cannot be decoded; the decoder is then of no more use.
+        """
+        self._pipeline.schedule_run()
+        (squares,) = self._pipeline.share_outputs()  # StopIteration after the last
+        tensor = torch.empty(len(squares), 3, self.size, self.size, dtype=torch.uint8, device=self.device)
+        stream = torch.cuda.current_stream(self.device) if self.device.type == "cuda" else None
+        self._copy(squares.as_tensor(), tensor, cuda_stream=stream)
+        self._pipeline.release_outputs()
+        return tensor
+
+
+def _training_input(batch: tuple[Sequence[bytes], Sequence[Cut]]) -> tuple[Any, ...]:
+    flips = [isinstance(cut, Crop) and cut.flip for cut in batch[1]]
+    return *_input(batch, np.int32), np.array(flips, np.int32)
+
+
+def _evaluation_input(batch: tuple[Sequence[bytes], Sequence[Cut]]) -> tuple[Any, ...]:
+    return _input(batch, np.float32)
+
+
+def _input(batch: tuple[Sequence[bytes], Sequence[Cut]], size_type: type) -> tuple[Any, ...]:
+    """Encoded pictures, (B, 2) corners, (B, 2) heights and widths."""
+    encoded, cuts = batch
+    return (
+        [np.frombuffer(data, np.uint8) for data in encoded],
+        np.array([(cut.top, cut.left) for cut in cuts], np.int32),
+        np.array([(cut.height, cut.width) for cut in cuts], size_type),
+    )
+
+
+def _build(
+    feed: Iterator[tuple[Any, ...]],
+    training: bool,
+    size: int,
+    interpolation: str,
+    batch_size: int,
+    num_threads: int,
+    device: torch.device,
+) -> Any:
+    try:
+        dali: Any = importlib.import_module("nvidia.dali")  # its stubs do not know what is used here
+        fn: Any = importlib.import_module("nvidia.dali.fn")
+    except ImportError as error:
+        raise InputError(
+            f"data=webdataset needs NVIDIA DALI, which cannot be loaded here ({error}): "
+            "pip install nvidia-dali-cuda120 (Linux on x86-64), or read a table with data=csv"
+        ) from error
+    types = dali.types
+    on_gpu = device.type == "cuda"
+    filters = {"bicubic": types.INTERP_CUBIC, "bilinear": types.INTERP_LINEAR}
+    resize = {"interp_type": filters[interpolation], "antialias": True}
+
+    def squares() -> Any:
+        encoded, corner, extent, *flip = fn.external_source(
+            source=feed, num_outputs=4 if training else 3, ndim=[1, 1, 1, 0][: 4 if training else 3]
+        )
+        decoder = "mixed" if on_gpu else "cpu"
+        if training:
+            part = {"start": corner, "shape": extent, "axis_names": "HW"}
+            if on_gpu:
+                pictures = fn.decoders.image_slice(encoded, device=decoder, output_type=types.RGB, **part)
+            else:
+                pictures = fn.slice(fn.decoders.image(encoded, device=decoder, output_type=types.RGB), **part)
+            pictures = fn.flip(fn.resize(pictures, size=[size, size], **resize), horizontal=flip[0])
+        else:
+            pictures = fn.decoders.image(encoded, device=decoder, output_type=types.RGB)
+            # Across, then down, rounded and clipped in between, as Pillow and torchvision do: in one go, DALI keeps
+            # the overshoot of bicubic weights, and bright edges differ by up to 8 grey levels.
+            pictures = fn.resize(pictures, resize_x=extent[1], mode="stretch", **resize)
+            pictures = fn.resize(pictures, resize_y=extent[0], mode="stretch", **resize)
+            pictures = fn.slice(pictures, start=corner, shape=[size, size], axis_names="HW")
+        return fn.transpose(pictures, perm=[2, 0, 1])  # (3, S, S)
+
+    pipeline: Any = dali.pipeline_def(
+        batch_size=batch_size,
+        num_threads=num_threads,
+        device_id=device.index or 0 if on_gpu else None,
+        prefetch_queue_depth=AHEAD,
+    )(squares)()
+    pipeline.build()
+    return pipeline
+
+
+def decodable(picture: Picture) -> bytes:
+    """A picture that DALI cannot decode as one that it can: uncompressed, upright, RGB (a PPM).
+
+    Raises:
+        PictureError: Pillow cannot decode it either.
+    """
+    pixels = picture.pixels()  # (3, H, W)
+    header = f"P6 {picture.width} {picture.height} 255\n".encode()
+    return header + pixels.permute(1, 2, 0).contiguous().numpy().tobytes()

@@ -1,0 +1,136 @@
+"""The index of a shard: where its good samples lie, bound to the very tar that it was made from.
+
+Reading by index, a broken sample never reaches the decoder, and a shard's samples can be taken in any order. The index
+is an Arrow file beside its tar. Its header alone, which is all that is read at the start, tells whether it still fits.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import pyarrow as pa
+from rich.console import Console
+from rich.progress import track
+
+from efficap.data.shards.examine import VERSION, Examined, IndexHeader, examine
+from efficap.errors import InputError
+
+SUFFIX = ".index.arrow"
+
+_METADATA = b"efficap.index"
+
+
+def index_file(tar: Path, index_dir: Path | None) -> Path:
+    """Where the index of a tar lies: beside it, or in `index_dir` under a name of its own."""
+    if index_dir is None:
+        return tar.with_name(tar.name + SUFFIX)
+    place = hashlib.blake2b(str(tar.parent.resolve()).encode(), digest_size=6).hexdigest()
+    return index_dir / f"{tar.stem}.{place}{SUFFIX}"
+
+
+def write_index(examined: Examined, tar: Path, index_dir: Path | None = None) -> None:
+    """Write an index whole or not at all.
+
+    Raises:
+        InputError: the folder cannot be written to.
+    """
+    file = index_file(tar, index_dir)
+    table = examined.samples.replace_schema_metadata({_METADATA: json.dumps(asdict(examined.header))})
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=max(1, table.num_rows))
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(
+            f"the index {file} cannot be written ({error.strerror or error}); name a folder with data.index_dir=DIR"
+        ) from error
+
+
+def read_header(tar: Path, index_dir: Path | None = None) -> IndexHeader | None:
+    """The header of a tar's index; None where there is none, or none that this version wrote."""
+    try:
+        with pa.memory_map(str(index_file(tar, index_dir))) as source:
+            metadata = pa.ipc.open_file(source).schema.metadata or {}
+        fields = json.loads(metadata[_METADATA])
+        first_bad = fields.pop("first_bad")
+        header = IndexHeader(**fields, first_bad=tuple(first_bad) if first_bad else None)
+    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+        return None
+    return header if header.version == VERSION else None
+
+
+def read_samples(tar: Path, index_dir: Path | None = None) -> pa.Table:
+    """The samples of an index, memory-mapped."""
+    with pa.memory_map(str(index_file(tar, index_dir))) as source:
+        return pa.ipc.open_file(source).read_all()
+
+
+def fits(header: IndexHeader, tar: Path) -> bool:
+    """Whether a tar has the size and time of the one that was indexed."""
+    stat = tar.stat()
+    return header.size == stat.st_size and header.mtime_ns == stat.st_mtime_ns
+
+
+def ensure_indexes(
+    tars: list[Path], *, index_dir: Path | None, max_pixels: int, workers: int
+) -> dict[Path, IndexHeader]:
+    """The header of each tar's index; those that lack one or have changed are indexed first, in parallel.
+
+    A tar that was only copied or touched keeps its index: its size and digest are the same.
+
+    Raises:
+        InputError: an index cannot be written.
+    """
+    headers = {tar: read_header(tar, index_dir) for tar in tars}
+    stale = [tar for tar, header in headers.items() if header is None or not fits(header, tar)]
+    if stale:
+        changed = sum(headers[tar] is not None for tar in stale)
+        console = Console(stderr=True)
+        console.print(
+            f"{len(stale):,} of {len(tars):,} shards have no valid index ({changed:,} changed since): "
+            "checking every sample once",
+            highlight=False,
+            soft_wrap=True,
+        )
+        jobs = [(tar, headers[tar], index_dir, max_pixels) for tar in stale]
+        with ProcessPoolExecutor(max(1, min(workers, len(stale))), get_context("forkserver")) as pool:
+            done = track(
+                pool.map(_bring_up_to_date, jobs),
+                "Indexing shards",
+                total=len(jobs),
+                console=console,
+                transient=True,
+                disable=not console.is_terminal,
+            )
+            headers |= dict(zip(stale, done, strict=True))
+    return {tar: header for tar, header in headers.items() if header is not None}
+
+
+def _bring_up_to_date(job: tuple[Path, IndexHeader | None, Path | None, int]) -> IndexHeader:
+    tar, header, index_dir, max_pixels = job
+    try:
+        return _indexed(tar, header, index_dir, max_pixels)
+    except OSError as error:
+        raise InputError(f"{tar} cannot be read: {error.strerror or error}") from error
+
+
+def _indexed(tar: Path, header: IndexHeader | None, index_dir: Path | None, max_pixels: int) -> IndexHeader:
+    if header is not None and header.size == tar.stat().st_size:
+        with tar.open("rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        if digest == header.digest:
+            header = replace(header, mtime_ns=tar.stat().st_mtime_ns)
+            write_index(Examined(header, read_samples(tar, index_dir), []), tar, index_dir)
+            return header
+    examined = examine(tar, max_pixels=max_pixels)
+    write_index(examined, tar, index_dir)
+    return examined.header

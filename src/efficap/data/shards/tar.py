@@ -1,0 +1,122 @@
+"""What lies in a webdataset shard: samples, found by the tar's headers alone."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+from efficap.data.pictures import PictureError
+
+BLOCK = 512  # bytes; a member's header is the block before its data
+
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+TEXT_SUFFIX, JSON_SUFFIX = ".txt", ".json"
+
+
+class SampleError(ValueError):
+    """A sample that cannot be used; like `PictureError`, with a reason to count by."""
+
+    def __init__(self, reason: str, detail: str = "") -> None:
+        super().__init__(f"{reason}: {detail}" if detail else reason)
+        self.reason = reason
+
+
+Broken = (PictureError, SampleError)
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """Where a member's data lie in the tar, in bytes."""
+
+    offset: int
+    size: int
+
+
+@dataclass(slots=True)
+class TarSample:
+    """The members of one key."""
+
+    key: str
+    image: Extent | None = None
+    text: Extent | None = None
+    json: Extent | None = None
+    error: SampleError | None = None
+
+    @property
+    def members(self) -> list[Extent]:
+        return [extent for extent in (self.image, self.text, self.json) if extent is not None]
+
+
+@dataclass(slots=True)
+class TarContents:
+    """The samples of a tar in its order, and what is wrong with the tar itself."""
+
+    samples: list[TarSample] = field(default_factory=list)
+    problem: str | None = None
+
+
+def read_contents(tar: Path) -> TarContents:
+    """Read a tar's headers. Nothing is unpacked, links are not followed, and a broken tar gives what it still has.
+
+    A key is a member's path without its last suffix. Members that are neither picture, ``.txt`` nor ``.json`` are
+    passed over.
+
+    Raises:
+        OSError: the file cannot be opened.
+    """
+    contents = TarContents()
+    size = tar.stat().st_size
+    found: dict[str, TarSample] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            end = 0
+            while (member := archive.next()) is not None:
+                end = member.offset_data + _padded(member.size)
+                if member.isfile():
+                    _add(found, member, size)
+                archive.members = []  # type: ignore[attr-defined]  # tarfile keeps all of them otherwise
+        if not found:
+            contents.problem = "empty tar"
+        elif not _has_end_mark(tar, end):
+            contents.problem = "cut tar"
+    except tarfile.ReadError as error:
+        contents.problem = "cut tar" if found else _why_no_tar(tar, size, error)
+    contents.samples = list(found.values())
+    return contents
+
+
+def _add(found: dict[str, TarSample], member: tarfile.TarInfo, tar_size: int) -> None:
+    path = PurePosixPath(member.name)
+    suffix = path.suffix.lower()
+    role = "image" if suffix in IMAGE_SUFFIXES else {TEXT_SUFFIX: "text", JSON_SUFFIX: "json"}.get(suffix)
+    if role is None:
+        return
+    sample = found.setdefault(str(path.with_suffix("")), TarSample(str(path.with_suffix(""))))
+    if path.is_absolute() or ".." in path.parts:
+        sample.error = SampleError("unsafe name", member.name)
+    elif getattr(sample, role) is not None:
+        sample.error = SampleError("duplicate key", f"a second {suffix}")
+    elif member.offset_data + member.size > tar_size:
+        sample.error = SampleError("truncated", "the tar ends within it")
+    else:
+        setattr(sample, role, Extent(member.offset_data, member.size))
+
+
+def _padded(size: int) -> int:
+    return -(-size // BLOCK) * BLOCK
+
+
+def _has_end_mark(tar: Path, end: int) -> bool:
+    """Whether a block of zeros follows: without it, a tar was cut between two members, and nobody would know."""
+    with tar.open("rb") as file:
+        file.seek(end)
+        return file.read(BLOCK) == bytes(BLOCK)
+
+
+def _why_no_tar(tar: Path, size: int, error: Exception) -> str:
+    if size == 0:
+        return "empty tar"
+    with tar.open("rb") as file:
+        compressed = file.read(2) == b"\x1f\x8b"
+    return "compressed tar" if compressed else f"no tar ({error})"

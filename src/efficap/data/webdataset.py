@@ -1,0 +1,214 @@
+"""Webdataset shards, read by index and decoded by DALI: the data module for millions of pictures."""
+
+from __future__ import annotations
+
+import io
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from rich.console import Console
+
+from efficap.data.dataset import CheckedLoader
+from efficap.data.module import CaptionDataModule
+from efficap.data.order import BatchOrder, EvaluationOrder, ShuffledShards
+from efficap.data.shards.batches import ShardBatches
+from efficap.data.shards.examine import BadSample, IndexHeader
+from efficap.data.shards.index import ensure_indexes
+from efficap.data.shards.names import find_shards
+from efficap.data.shards.reader import ShardReader
+from efficap.data.shards.tar import Broken
+from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.errors import InputError
+
+LEARN_FROM = 200_000  # captions that a tokenizer is learned from
+
+
+class WebDatasetDataModule(CaptionDataModule):
+    """Loaders of `CaptionBatch` over webdataset tars.
+
+    Each tar has an index of its good samples; where it lacks one, or has changed, it is indexed first.
+
+    Args:
+        shards, val_shards, test_shards: what `find_shards` knows.
+        caption_field: field of the json that holds a caption or a list of them; None takes the .txt.
+        index_dir: where the indexes lie; None: beside the tars.
+        shuffle_shards: shards whose samples are mixed with each other.
+        num_threads: of DALI's decoder; None: as many as there are cores.
+        common: the arguments of `CaptionDataModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        shards: str | list[str],
+        val_shards: str | list[str] | None,
+        test_shards: str | list[str] | None,
+        caption_field: str | None,
+        index_dir: str | None,
+        shuffle_shards: int,
+        num_threads: int | None,
+        **common: Any,
+    ) -> None:
+        super().__init__(**common)
+        if shuffle_shards < 1:
+            raise InputError(
+                f"data.shuffle_shards={shuffle_shards} must be at least 1, which mixes within a shard"
+            )
+        self.shards = {"train": shards, "val": val_shards, "test": test_shards}
+        self.settings = {"train": "data.shards", "val": "data.val_shards", "test": "data.test_shards"}
+        self.caption_field, self.shuffle_shards = caption_field, shuffle_shards
+        self.index_dir = Path(index_dir).expanduser() if index_dir is not None else None
+        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self._readers: dict[str, ShardReader] = {}
+        self._numbers: dict[str, dict[str, int]] = {}
+
+    def reader(self, split: str) -> ShardReader:
+        """The samples of ``train``, ``val`` or ``test``; their shards are indexed first where that is needed.
+
+        Raises:
+            InputError: no such shards, no good sample in them, or a shard that is in two splits.
+        """
+        if split not in self._readers:
+            self._readers[split] = self._read(split)
+        return self._readers[split]
+
+    def _read(self, split: str) -> ShardReader:
+        if self.shards.get(split) is None:
+            setting = self.settings.get(split)
+            have = ", ".join(name for name, shards in self.shards.items() if shards is not None)
+            raise InputError(
+                f"split={split}: {f'{setting} is not given' if setting else 'shards know no such split'}; "
+                f"there is {have}"
+            )
+        tars = self._find(split)
+        headers = ensure_indexes(
+            tars, index_dir=self.index_dir, max_pixels=self.max_pixels, workers=len(os.sched_getaffinity(0))
+        )
+        for tar in tars:
+            self._count_bad(tar, headers[tar])
+        reader = ShardReader(
+            tars,
+            [headers[tar] for tar in tars],
+            index_dir=self.index_dir,
+            caption_field=self.caption_field,
+            text=self.text,
+        )
+        self.bad_samples.check()
+        if not len(reader):
+            raise InputError(
+                f"{self.settings[split]}={self.shards[split]}: no good sample; {self.bad_samples}"
+            )
+        return reader
+
+    def _find(self, split: str) -> list[Path]:
+        found: dict[Path, str] = {}
+        for name, shards in self.shards.items():
+            for tar in find_shards(shards, self.settings[name]) if shards is not None else ():
+                if found.setdefault(tar, name) != name:
+                    raise InputError(
+                        f"{tar} is in {self.settings[found[tar]]} and in {self.settings[name]}; "
+                        "a model is not to be judged by what it learned from"
+                    )
+        return [tar for tar, name in found.items() if name == split]
+
+    def _count_bad(self, tar: Path, header: IndexHeader) -> None:
+        self.bad_samples.total += header.good + sum(header.bad.values())
+        if header.first_bad is not None:
+            self.bad_samples.add_counts(header.bad, str(BadSample(str(tar), *header.first_bad)))
+        if header.problem is not None:
+            self.bad_samples.total += 1
+            self.bad_samples.add(str(tar), header.problem)
+
+    def training_captions(self) -> Iterable[str]:
+        """At most `LEARN_FROM` captions, evenly from all shards."""
+        reader = self.reader("train")
+        for number in range(0, len(reader), -(-len(reader) // LEARN_FROM)):
+            try:
+                yield from reader.captions(number)
+            except Broken:
+                continue  # counted when training comes to it
+
+    @property
+    def training_size(self) -> int:
+        return len(self.reader("train"))
+
+    def _prepare_splits(self, splits: list[str]) -> None:
+        for split in splits:
+            reader = self.reader(split)
+            if split != "train":
+                self._numbers[split] = _numbers(reader, self.settings[split])
+
+    def notes(self) -> list[str]:
+        lines = super().notes()
+        if not torch.cuda.is_available():
+            lines.append(
+                "no GPU: DALI decodes on the CPU, where data=csv would be faster (docs/benchmarks.md has the figures)"
+            )
+        return lines
+
+    def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        return Image.open(io.BytesIO(self.reader(split).read(self._numbers[split][image_id]).image))
+
+    def train_dataloader(self) -> CheckedLoader:
+        reader = self.reader("train")
+        rank, world = self._ranks
+        order = BatchOrder(
+            ShuffledShards(reader.counts, self.seed, self.shuffle_shards),
+            batch_size=self.batch_size,
+            rank=rank,
+            world=world,
+            steps_per_epoch=self.steps_per_epoch,
+        )
+        if order.lost:
+            Console(stderr=True).print(
+                f"{order.lost} samples an epoch are left over: {world} processes cannot share them"
+            )
+        return self._loader("train", self.training_transform, order)
+
+    def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        rank, world = self._ranks
+        size = len(self.reader(split))
+        order = EvaluationOrder(size, batch_size=self.batch_size, rank=rank, world=world)
+        return self._loader(split, self.evaluation_transform, order)
+
+    def _loader(
+        self,
+        split: str,
+        transform: TrainingTransform | EvaluationTransform,
+        order: BatchOrder | EvaluationOrder,
+    ) -> CheckedLoader:
+        batches = ShardBatches(
+            self.reader(split),
+            order,
+            transform,
+            self.tokenizer,
+            captions_per_image=self.captions_per_image,
+            max_tokens=self.max_tokens,
+            on_cut=self._count_cut,
+            max_pixels=self.max_pixels,
+            seed=self.seed,
+            batch_size=self.batch_size,
+            num_readers=max(1, self.num_workers),
+            num_threads=self.num_threads,
+            device=self._device,
+        )
+        return CheckedLoader(batches, self.bad_samples, self._ranks[1], self._starter(order))
+
+    def _count_cut(self, captions: int) -> None:
+        self.cut_captions += captions
+
+
+def _numbers(reader: ShardReader, setting: str) -> dict[str, int]:
+    numbers: dict[str, int] = {}
+    for number in range(len(reader)):
+        image_id = reader.image_id(number)
+        if numbers.setdefault(image_id, number) != number:
+            raise InputError(
+                f"{setting}: {reader.name(numbers[image_id])} and {reader.name(number)} are both called {image_id}; "
+                "scores need names that differ"
+            )
+    return numbers
