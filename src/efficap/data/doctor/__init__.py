@@ -1,0 +1,1 @@
+"""``python -m efficap.data.doctor PATH``: what is wrong with a data set, before training finds out."""
