@@ -101,8 +101,7 @@ def test_fewer_captions_than_there_are_go_round_over_the_epochs(colour_table: Pa
     loader = data.train_dataloader()
     seen: Counter[tuple[str, str]] = Counter()
     for epoch in range(4):
-        loader.loader.batch_sampler.epoch = epoch
-        for batch in loader:
+        for batch in loader.of_epoch(epoch):
             for image_id, tokens in zip(batch.image_ids, batch.tokens[:, 0].tolist(), strict=True):
                 seen[image_id, data.tokenizer.decode(tokens)] += 1
     assert len(seen) == 16, "8 pictures with 2 captions"

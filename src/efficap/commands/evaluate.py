@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from efficap.commands.run_dir import RunDirectory, choose_device
-from efficap.data.module import CaptionDataModule
+from efficap.data.module import CaptionData
 from efficap.decoding import Decoding, build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
@@ -85,7 +85,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     return scores
 
 
-def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CaptionDataModule:
+def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CaptionData:
     changes = dict(cfg["data"])
     if cfg["batch_size"] is not None:
         changes["batch_size"] = cfg["batch_size"]

@@ -12,7 +12,8 @@ from hydra.utils import get_class
 
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.module import DemoDataModule
-from efficap.data.module import CaptionDataModule
+from efficap.data.mix import MixedDataModule
+from efficap.data.module import CaptionData
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.models.captioner import Captioner
@@ -24,9 +25,9 @@ TOKENIZER_DIR = "tokenizer"
 _KEYS = {"name", "model", "data", "decoding"}
 
 # A run's configuration may come from anywhere, so its _target_ picks one of these and is never imported.
-_DATA_MODULES: dict[str, type[CaptionDataModule]] = {
+_DATA_MODULES: dict[str, type[Any]] = {
     f"{module.__module__}.{module.__qualname__}": module
-    for module in (CSVDataModule, DemoDataModule, WebDatasetDataModule)
+    for module in (CSVDataModule, DemoDataModule, WebDatasetDataModule, MixedDataModule)
 }
 
 
@@ -61,13 +62,20 @@ class RunDirectory:
         """The trained model on `device`, in evaluation mode."""
         return load_captioner(self.path, self.config["model"], tokenizer.vocab_size).to(device)
 
-    def data(self, changes: dict[str, Any]) -> CaptionDataModule:
+    def data(self, changes: dict[str, Any]) -> CaptionData:
         """The run's data module with some of its settings changed.
 
         Raises:
             InputError: a data module that is not this project's.
         """
-        settings = {**self.config["data"], **changes}
+        try:
+            return self._built(_merged(self.config["data"], changes), changes)
+        except TypeError as error:
+            raise InputError(f"{self.path / CONFIG_FILE}: data does not fit its module: {error}") from error
+
+    def _built(self, settings: dict[str, Any], changes: dict[str, Any]) -> CaptionData:
+        """The module that `settings` name, and in a mixture those of its sources first."""
+        settings = dict(settings)
         target = settings.pop("_target_", None)
         if "_target_" in changes:  # the user's own words, unlike the file's
             module = get_class(target)
@@ -78,10 +86,19 @@ class RunDirectory:
                 f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(_DATA_MODULES)}; "
                 "a run's own code is not imported; +data._target_=… on the command line is"
             )
-        try:
-            return module(**settings)
-        except TypeError as error:
-            raise InputError(f"{self.path / CONFIG_FILE}: data does not fit {target}: {error}") from error
+        if module is MixedDataModule:
+            below = changes.get("sources", {})
+            sources = settings["sources"].items()
+            settings["sources"] = {name: self._built(source, below.get(name, {})) for name, source in sources}
+        return module(**settings)
+
+
+def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(settings)
+    for key, value in changes.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merged(merged[key], value) if both else value
+    return merged
 
 
 def write_run(path: Path, config: dict[str, Any], tokenizer: CaptionTokenizer) -> None:

@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
 from efficap.commands.run_dir import check_accelerator, write_run
-from efficap.data.module import CaptionDataModule
+from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
@@ -47,6 +47,8 @@ def train(cfg: dict[str, Any]) -> Path:
     cfg = {**cfg, "model": model, "data": _with_absolute_paths(cfg["data"])}
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
 
+    if "_target_" not in cfg["data"]:
+        raise InputError("data=base is no data set by itself; take csv, webdataset, mix or demo")
     data = instantiate(cfg["data"])
     data.prepare_data()
     tokenizer = build_tokenizer(model["tokenizer"], data)
@@ -99,7 +101,10 @@ def _check_numbers(trainer: dict[str, Any]) -> None:
 
 def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
     """The data settings as the run directory keeps them, so that it evaluates from any folder."""
-    return {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
+    data = {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
+    if "sources" in data:
+        data["sources"] = {name: _with_absolute_paths(source) for name, source in data["sources"].items()}
+    return data
 
 
 def _absolute(value: Any) -> Any:
@@ -110,7 +115,7 @@ def _absolute(value: Any) -> Any:
     return str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
 
 
-def build_tokenizer(settings: dict[str, Any], data: CaptionDataModule) -> CaptionTokenizer:
+def build_tokenizer(settings: dict[str, Any], data: CaptionData) -> CaptionTokenizer:
     """The tokenizer of `settings`: pretrained by name, or learned from the training captions."""
     if settings["name"] is not None:
         return CaptionTokenizer.pretrained(settings["name"])
@@ -127,7 +132,7 @@ def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
 
 
 def _print_plan(
-    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionDataModule
+    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionData
 ) -> None:
     print_summary(
         captioner,
@@ -164,7 +169,7 @@ def _build_trainer(
     )
 
 
-def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionDataModule) -> list[Callback]:
+def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> list[Callback]:
     pictures = functools.partial(data.picture, "val")
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
     if cfg["ema_decay"] is not None:

@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
-from efficap.data.dataset import CaptionedImages, CheckedLoader, SharedRows, encode_table
+from efficap.data.dataset import CaptionedImages, SharedRows, encode_table
+from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
 from efficap.data.pictures import Picture, PictureError
@@ -234,4 +235,4 @@ class CSVDataModule(CaptionDataModule):
             pin_memory=self._device.type == "cuda",
             collate_fn=images.collate,
         )
-        return CheckedLoader(loader, self.bad_samples, self._ranks[1], self._starter(order))
+        return self._checked_loader(loader, order)

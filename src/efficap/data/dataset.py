@@ -8,9 +8,8 @@ from __future__ import annotations
 import os
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,12 +19,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from efficap.batch import CaptionBatch
-from efficap.data.bad_samples import BadSamples
 from efficap.data.order import Key, turn
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
-from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 
 
@@ -169,46 +166,3 @@ class CaptionedImages(Dataset[Any]):
         references = None if in_training else [self.rows["references", index] for index in indices]
         image_ids = [self.rows["image_id", index] for index in indices]
         return collate(images, captions, image_ids, references, self.pad_id), bad
-
-
-class Loader(Protocol):
-    """Yields a batch, None where nothing of it is left, and name, reason and detail of its bad samples."""
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[tuple[CaptionBatch | None, list[tuple[str, str, str]]]]: ...
-
-
-class CheckedLoader:
-    """The batches of a loader; its bad samples are counted, and too many of them are an `InputError`.
-
-    Args:
-        loader: what it wraps.
-        bad_samples: the counts.
-        world: ranks. Where there are several, a batch of which nothing is left is replaced by the one before, as they
-            must all take the same number of steps.
-        on_start: called whenever the batches begin anew.
-    """
-
-    def __init__(
-        self, loader: Loader, bad_samples: BadSamples, world: int, on_start: Callable[[], None] = lambda: None
-    ) -> None:
-        self.loader, self.bad_samples, self.world, self.on_start = loader, bad_samples, world, on_start
-
-    def __len__(self) -> int:
-        return len(self.loader)
-
-    def __iter__(self) -> Iterator[CaptionBatch]:
-        self.on_start()
-        last = None
-        for batch, bad in self.loader:
-            for name, reason, detail in bad:
-                self.bad_samples.add(name, reason, detail)
-            if bad:
-                self.bad_samples.check()
-            if batch is not None:
-                last = batch
-            elif self.world == 1:
-                continue
-            if last is None:
-                raise InputError(f"nothing of the first batch can be used: {self.bad_samples}")
-            yield last

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from PIL import Image
 
 from efficap.batch import CaptionBatch
 from efficap.data.bad_samples import BadSamples
-from efficap.data.dataset import CheckedLoader
+from efficap.data.loader import Batches, CheckedLoader
 from efficap.data.order import BatchOrder, EvaluationOrder
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
@@ -22,8 +22,70 @@ from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 
 
-class CaptionDataModule(pl.LightningDataModule, ABC):
-    """Loaders of `CaptionBatch`.
+class CaptionData(pl.LightningDataModule, ABC):
+    """What training, evaluation and captioning ask of data.
+
+    Attributes:
+        captions_per_image: K.
+        max_tokens: longest caption in tokens, BOS and EOS counted.
+        batch_size: B of one process.
+    """
+
+    captions_per_image: int
+    max_tokens: int
+    batch_size: int
+
+    @abstractmethod
+    def training_captions(self) -> Iterable[str]:
+        """Captions to learn a tokenizer from."""
+
+    @property
+    @abstractmethod
+    def training_size(self) -> int:
+        """Pictures of the training split."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        tokenizer: CaptionTokenizer,
+        *,
+        image_size: int,
+        interpolation: str,
+        crop_pct: float,
+        splits: list[str],
+    ) -> None:
+        """Check the pictures of `splits` and get their captions ready, once, before any loader is asked for.
+
+        Raises:
+            InputError: a split that is not there, or more bad samples than are allowed.
+        """
+
+    @abstractmethod
+    def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        """Every picture of a prepared split once, in turn, as evaluation sees it, with all its references."""
+
+    @abstractmethod
+    def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        """A picture to show: its file, or itself."""
+
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """What a person should know of the prepared data, a line each."""
+
+    @abstractmethod
+    def left_out(self) -> dict[str, int]:
+        """Bad samples so far, by reason."""
+
+    def val_dataloader(self) -> CheckedLoader:
+        return self.evaluation_dataloader("val")
+
+    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
+        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
+
+
+class CaptionDataModule(CaptionData):
+    """Loaders of `CaptionBatch` over one data set.
 
     Args:
         captions_per_image: K.
@@ -95,11 +157,6 @@ class CaptionDataModule(pl.LightningDataModule, ABC):
         crop_pct: float,
         splits: list[str],
     ) -> None:
-        """Check the pictures of `splits` and get their captions ready, once, before any loader is asked for.
-
-        Raises:
-            InputError: a split that is not there, or more bad samples than are allowed.
-        """
         size: dict[str, Any] = {"image_size": image_size, "interpolation": interpolation}
         self.evaluation_transform = EvaluationTransform(**size, crop_pct=crop_pct)
         self.training_transform = TrainingTransform(**size, **self.crop)
@@ -110,30 +167,9 @@ class CaptionDataModule(pl.LightningDataModule, ABC):
     def _prepare_splits(self, splits: list[str]) -> None: ...
 
     @abstractmethod
-    def training_captions(self) -> Iterable[str]:
-        """Captions to learn a tokenizer from."""
-
-    @property
-    @abstractmethod
-    def training_size(self) -> int:
-        """Pictures of the training split."""
-
-    @abstractmethod
     def train_dataloader(self) -> CheckedLoader: ...
 
-    def val_dataloader(self) -> CheckedLoader:
-        return self.evaluation_dataloader("val")
-
-    @abstractmethod
-    def evaluation_dataloader(self, split: str) -> CheckedLoader:
-        """Every picture of a prepared split once, in turn, as evaluation sees it, with all its references."""
-
-    @abstractmethod
-    def picture(self, split: str, image_id: str) -> Path | Image.Image:
-        """A picture to show: its file, or itself."""
-
     def notes(self) -> list[str]:
-        """What a person should know of the prepared data, a line each."""
         lines = []
         if self.bad_samples:
             lines.append(f"left out, as they cannot be used: {self.bad_samples}")
@@ -147,9 +183,8 @@ class CaptionDataModule(pl.LightningDataModule, ABC):
             )
         return lines
 
-    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
-        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
-        return batch.to(device, non_blocking=device.type == "cuda")
+    def left_out(self) -> dict[str, int]:
+        return dict(self.bad_samples.counts)
 
     @property
     def _ranks(self) -> tuple[int, int]:
@@ -160,14 +195,11 @@ class CaptionDataModule(pl.LightningDataModule, ABC):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _starter(self, order: BatchOrder | EvaluationOrder) -> Callable[[], None]:
-        """Tells a training order its epoch as it begins: Lightning restores it only after the loaders are made."""
+    def _checked_loader(self, batches: Batches, order: BatchOrder | EvaluationOrder) -> CheckedLoader:
+        def epoch() -> int:
+            return self.trainer.current_epoch if self.trainer else 0
 
-        def start() -> None:
-            if isinstance(order, BatchOrder) and self.trainer:
-                order.epoch = self.trainer.current_epoch
-
-        return start
+        return CheckedLoader(batches, order, self.bad_samples, world=self._ranks[1], epoch=epoch)
 
 
 def default_workers() -> int:

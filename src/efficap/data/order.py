@@ -109,7 +109,7 @@ class BatchOrder(Sampler[list[Key]]):
             stopped, and round again. None: an epoch is once through the data.
 
     Attributes:
-        epoch: the one whose batches an iteration gives.
+        epoch, first: an iteration gives the batches of this epoch, from this one on.
         lost: samples that an epoch leaves out, as W ranks cannot share them.
 
     Raises:
@@ -124,7 +124,8 @@ class BatchOrder(Sampler[list[Key]]):
                 f"{order.size} training pictures are fewer than the {world} processes that share them"
             )
         self.order, self.rank, self.world = order, rank, world
-        self.steps_per_epoch, self.epoch = steps_per_epoch, 0
+        self.steps_per_epoch = steps_per_epoch
+        self.epoch = self.first = 0
         self._global = batch_size * world  # samples of all ranks' batches together
         self._steps = -(-order.size // self._global)
         rest = order.size - max(0, self._steps - 2) * self._global
@@ -137,7 +138,7 @@ class BatchOrder(Sampler[list[Key]]):
         return self.steps_per_epoch or self._steps
 
     def __iter__(self) -> Iterator[list[Key]]:
-        return self.batches(self.epoch)
+        return self.batches(self.epoch, self.first)
 
     def batches(self, epoch: int, first: int = 0) -> Iterator[list[Key]]:
         """The keys of an epoch's batches from batch `first` on."""

@@ -99,6 +99,8 @@ class Picture:
                 return
 
     def _read_orientation(self) -> int:
+        if self.format == "TIFF":  # which Pillow turns by itself as it decodes
+            return 1
         try:
             orientation = self._image.getexif().get(_ORIENTATION, 1)
         except Exception:  # damaged metadata of a good picture

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from efficap.data.dataset import CheckedLoader
+from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, ShuffledShards
 from efficap.data.shards.batches import ShardBatches
@@ -196,7 +196,7 @@ class WebDatasetDataModule(CaptionDataModule):
             num_threads=self.num_threads,
             device=self._device,
         )
-        return CheckedLoader(batches, self.bad_samples, self._ranks[1], self._starter(order))
+        return self._checked_loader(batches, order)
 
     def _count_cut(self, captions: int) -> None:
         self.cut_captions += captions

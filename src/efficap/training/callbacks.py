@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from efficap.batch import CaptionBatch
-from efficap.data.module import CaptionDataModule
+from efficap.data.module import CaptionData
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.models.pretrained import save_weights
 from efficap.training.module import CaptionModule
@@ -157,7 +157,7 @@ class RunMetrics(Callback):
             "pairs": int(self.pairs or 0),
             "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
             "training_seconds": self.seconds,
-            "left_out": dict(data.bad_samples.counts) if isinstance(data, CaptionDataModule) else {},
+            "left_out": data.left_out() if isinstance(data, CaptionData) else {},
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "best": max(

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.data.dataset import collate_captions
+from efficap.data.loader import BadReport
 from efficap.data.order import BatchOrder, EvaluationOrder, Key, turn
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.shards.dali import Cut, DaliDecoder, decodable
@@ -26,8 +27,6 @@ from efficap.data.shards.tar import Broken
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
-
-BadReport = tuple[str, str, str]  # name, reason, detail
 
 
 @dataclass(slots=True)

@@ -1,0 +1,73 @@
+"""What training and evaluation iterate: the batches of one data module, without the samples that turned out bad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from efficap.batch import CaptionBatch
+from efficap.data.bad_samples import BadSamples
+from efficap.data.order import BatchOrder, EvaluationOrder
+from efficap.errors import InputError
+
+BadReport = tuple[str, str, str]  # name, reason, detail
+
+
+class Batches(Protocol):
+    """Yields the batches of an order with what was bad in them; None for a batch of which nothing is left."""
+
+    def __iter__(self) -> Iterator[tuple[CaptionBatch | None, list[BadReport]]]: ...
+
+
+class CheckedLoader:
+    """Batches whose bad samples are counted; too many of them are an `InputError`.
+
+    Args:
+        batches: what it wraps; their order is `order`.
+        order: told the epoch as it begins: Lightning restores it only after the loaders are made.
+        bad_samples: the counts.
+        world: ranks. Where there are several, a batch of which nothing is left is replaced by the one before, as they
+            must all take the same number of steps.
+        epoch: the epoch that training is in.
+    """
+
+    def __init__(
+        self,
+        batches: Batches,
+        order: BatchOrder | EvaluationOrder,
+        bad_samples: BadSamples,
+        *,
+        world: int,
+        epoch: Callable[[], int],
+    ) -> None:
+        self.batches, self.order, self.bad_samples, self.world, self.epoch = (
+            batches,
+            order,
+            bad_samples,
+            world,
+            epoch,
+        )
+
+    def __len__(self) -> int:
+        return len(self.order)
+
+    def __iter__(self) -> Iterator[CaptionBatch]:
+        return self.of_epoch(self.epoch())
+
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
+        """The batches of an epoch from batch `first` on."""
+        if isinstance(self.order, BatchOrder):
+            self.order.epoch, self.order.first = epoch, first
+        last = None
+        for batch, bad in self.batches:
+            for name, reason, detail in bad:
+                self.bad_samples.add(name, reason, detail)
+            if bad:
+                self.bad_samples.check()
+            if batch is not None:
+                last = batch
+            elif self.world == 1:
+                continue
+            if last is None:
+                raise InputError(f"nothing of the first batch can be used: {self.bad_samples}")
+            yield last
