@@ -13,6 +13,7 @@ from efficap.errors import InputError
 from efficap.hub import pretrained_files
 
 END_OF_TEXT = "<|endoftext|>"
+MOST_SPELLINGS = 20_000  # divisions of a word into tokens
 _FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
@@ -120,9 +121,61 @@ class CaptionTokenizer:
             encoded.append([self.bos_id, *words[: max_tokens - 2], self.eos_id])
         return encoded, cut
 
+    def encode_prefix(self, text: str) -> list[int]:
+        """The ids of how a caption begins, as `encode` would begin it; BOS left out."""
+        return [int(token) for token in self._tokenizer.encode(text.strip(), add_special_tokens=False).ids]
+
+    def spellings(self, phrase: str) -> list[list[int]]:
+        """All ways to say a phrase in ids, in lower case, as given and capitalised.
+
+        A caption's first word may be spelled without the space before it; those ways begin with BOS. The ways are all
+        divisions of the text into tokens, not only the tokenizer's own: a model may write any of them.
+
+        Raises:
+            InputError: there are too many.
+        """
+        phrase = " ".join(phrase.split())
+        ways: list[list[int]] = []
+        for form in dict.fromkeys((phrase, phrase.lower(), phrase.capitalize())):
+            ways += self._divisions(f" {form}")
+            ways += [[self.bos_id, *ids] for ids in self._divisions(form)]
+        return ways
+
+    def _divisions(self, text: str) -> list[list[int]]:
+        spelled = "".join(_BYTE_NAMES[byte] for byte in text.encode())
+        vocabulary = self._vocabulary()
+        longest = max(map(len, vocabulary))
+        ways: list[list[list[int]]] = [[[]]]  # of the first 0, 1, 2, … bytes
+        for end in range(1, len(spelled) + 1):
+            ways.append(
+                [
+                    [*before, vocabulary[spelled[start:end]]]
+                    for start in range(max(0, end - longest), end)
+                    if spelled[start:end] in vocabulary
+                    for before in ways[start]
+                ]
+            )
+            if len(ways[end]) > MOST_SPELLINGS:
+                raise InputError(f"decoding.banned: {text.strip()!r} is too long; give single words")
+        return ways[-1]
+
+    def _vocabulary(self) -> dict[str, int]:
+        return self._tokenizer.get_vocab(with_added_tokens=False)
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, white space collapsed."""
         return " ".join(self._tokenizer.decode(list(ids), skip_special_tokens=True).split())
+
+
+def _byte_names() -> dict[int, str]:
+    """The letter that stands for each byte in a byte-level BPE: itself where it can be seen (GPT-2's rule)."""
+    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in visible]
+    names = {byte: chr(byte) for byte in visible}
+    return names | {byte: chr(256 + number) for number, byte in enumerate(others)}
+
+
+_BYTE_NAMES = _byte_names()
 
 
 def _byte_level(model: models.BPE, add_prefix_space: bool) -> Tokenizer:

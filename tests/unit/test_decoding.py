@@ -25,28 +25,32 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from efficap.decoding import Beam, Decoded, Decoding, Greedy, Nucleus, build_decoding
+from efficap.decoding import Beam, Decoded, Decoding, build_decoding
 from efficap.decoding.sampling import uniform_numbers
 from efficap.errors import InputError
 
 BOS, EOS = 0, 1
 CONF = Path(__file__).parents[2] / "conf"
-GREEDY = {"method": "greedy", "max_tokens": 8, "min_tokens": 0}
+RULES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "banned": [], "prefix": ""}
+GREEDY = {"method": "greedy", "max_tokens": 8, "min_tokens": 0, **RULES}
 BEAM = {
+    **GREEDY,
     "method": "beam",
-    "max_tokens": 8,
-    "min_tokens": 0,
     "num_beams": 3,
     "length_penalty": 1.0,
     "early_stopping": False,
+    "num_return_sequences": 1,
+    "num_beam_groups": 1,
+    "diversity_penalty": 0.0,
 }
 NUCLEUS = {
+    **GREEDY,
     "method": "nucleus",
-    "max_tokens": 8,
-    "min_tokens": 0,
     "temperature": 1.0,
     "top_k": None,
     "top_p": 0.9,
+    "min_p": 0.0,
+    "num_return_sequences": 1,
     "seed": 0,
 }
 
@@ -83,7 +87,7 @@ class RecurrentStep:
         self.model, self.state = model, state
         self.calls: list[tuple[Tensor, Tensor | None]] = []
 
-    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
+    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None) -> Tensor:
         self.calls.append((ids, parents))
         state = self.state if parents is None else self.state[parents]
         self.state = self.model.read(state, ids)
@@ -97,7 +101,7 @@ class GPT2Step:
         self.model, self.memory = model, memory
         self.history = torch.empty(len(memory), 0, dtype=torch.int64)
 
-    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
+    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None) -> Tensor:
         if parents is not None:
             self.history, self.memory = self.history[parents], self.memory[parents]
         self.history = torch.cat((self.history, ids[:, None]), dim=1)
@@ -124,6 +128,16 @@ def tiny_gpt2(seed: int, eos_id: int) -> tuple[GPT2LMHeadModel, Tensor]:
     return model, torch.randn(4, 5, 16)
 
 
+def beam_search(**changes: Any) -> Beam:
+    decoding = build_decoding(BEAM | changes)
+    assert isinstance(decoding, Beam)
+    return decoding
+
+
+def greedy_search(**changes: Any) -> Decoding:
+    return build_decoding(GREEDY | changes)
+
+
 def ids(count: int) -> list[str]:
     return [f"image-{i}" for i in range(count)]
 
@@ -135,7 +149,7 @@ def run(
 
 
 def constant_step(logits: Tensor) -> Any:
-    return lambda newest, parents: logits.expand(len(newest), -1)
+    return lambda newest, parents, images: logits.expand(len(newest), -1)
 
 
 def assert_well_formed(decoded: Decoded, decoding: Decoding, images: int, bos_id: int, eos_id: int) -> None:
@@ -180,7 +194,7 @@ def all_captions(
 def test_a_beam_too_wide_to_prune_finds_the_best_of_all_captions(
     eos_id: int, early_stopping: Any, length_penalty: float, min_tokens: int
 ) -> None:
-    beam = Beam(
+    beam = beam_search(
         max_tokens=5,
         min_tokens=min_tokens,
         num_beams=64,
@@ -207,7 +221,7 @@ def test_beam_search_equals_transformers(
     eos_id: int, early_stopping: Any, num_beams: int, length_penalty: float, min_tokens: int, max_tokens: int
 ) -> None:
     model, memory = tiny_gpt2(seed=num_beams, eos_id=eos_id)
-    beam = Beam(
+    beam = beam_search(
         max_tokens=max_tokens,
         min_tokens=min_tokens,
         num_beams=num_beams,
@@ -278,7 +292,9 @@ def test_never_stopping_early_waits_for_a_better_caption_where_the_penalty_favou
     follows[BOS, 2], follows[2, 3], follows[3, EOS] = 0.9, 0.95, 0.98
     follows[[BOS, 2], EOS] = 0.05  # two captions of lower score end before it
     change = {"num_beams": 2, "length_penalty": -2.0, "early_stopping": "never", "max_tokens": 30}
-    decoded = run(build_decoding(BEAM | change), lambda newest, parents: follows.log()[newest], ids(1))
+    decoded = run(
+        build_decoding(BEAM | change), lambda newest, parents, images: follows.log()[newest], ids(1)
+    )
     assert decoded.tokens[0, 0, :4].tolist() == [BOS, 2, 3, EOS]
 
 
@@ -297,7 +313,7 @@ def test_a_vocabulary_smaller_than_the_beam_gives_no_empty_hypothesis() -> None:
 @pytest.mark.parametrize("seed", [0, 1])
 def test_greedy_equals_transformers(eos_id: int, min_tokens: int, seed: int) -> None:
     model, memory = tiny_gpt2(seed, eos_id)
-    greedy = Greedy(max_tokens=10, min_tokens=min_tokens)
+    greedy = greedy_search(max_tokens=10, min_tokens=min_tokens)
     decoded = run(greedy, GPT2Step(model, memory), ids(4), eos_id=eos_id)
     expected = generate(model, memory, greedy, do_sample=False, num_beams=1)
     assert torch.equal(decoded.tokens[:, 0], expected.sequences)
@@ -305,7 +321,7 @@ def test_greedy_equals_transformers(eos_id: int, min_tokens: int, seed: int) -> 
 
 def test_greedy_scores_are_sums_of_log_probabilities() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0])
-    decoded = run(Greedy(max_tokens=4, min_tokens=0), constant_step(logits), ids(2))
+    decoded = run(greedy_search(max_tokens=4, min_tokens=0), constant_step(logits), ids(2))
     expected = 3 * logits.log_softmax(-1)[2]
     assert decoded.tokens[:, 0].tolist() == [[BOS, 2, 2, 2]] * 2
     torch.testing.assert_close(decoded.scores[:, 0], expected.expand(2))
@@ -324,7 +340,9 @@ def test_nucleus_frequencies_agree_with_the_exact_distribution(
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
     exact = TopPLogitsWarper(top_p)(None, scores).softmax(-1)[0]  # (V,)
-    nucleus = Nucleus(max_tokens=2, min_tokens=0, temperature=temperature, top_k=top_k, top_p=top_p, seed=0)
+    nucleus = build_decoding(
+        NUCLEUS | {"max_tokens": 2, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    )
     draws = 20_000
     decoded = run(nucleus, constant_step(logits), ids(draws))
     counts = decoded.tokens[:, 0, 1].bincount(minlength=7)
@@ -396,7 +414,7 @@ def test_extreme_random_numbers_stay_inside_the_nucleus(
         2000, 50, generator=torch.Generator().manual_seed(0)
     )  # sums round to either side of 1
     nucleus = build_decoding(NUCLEUS | {"top_p": top_p, "max_tokens": 3, "min_tokens": 2})
-    words = run(nucleus, lambda newest, parents: logits, ids(2000)).tokens[:, 0, 1]
+    words = run(nucleus, lambda newest, parents, images: logits, ids(2000)).tokens[:, 0, 1]
     logits[:, EOS] = -torch.inf  # as min_tokens forbids it
     kept = TopPLogitsWarper(top_p)(None, logits)
     expected = kept.argmax(-1) if extreme == 0 else kept.masked_fill(kept.isinf(), torch.inf).argmin(-1)
@@ -473,7 +491,7 @@ def test_decoding_keeps_no_graph_and_scores_half_precision_in_float32(options: d
 def test_logits_that_are_not_finite_are_reported_with_the_image(
     options: dict[str, Any], bad_call: int
 ) -> None:
-    def step(newest: Tensor, parents: Tensor | None) -> Tensor:
+    def step(newest: Tensor, parents: Tensor | None, images: Tensor | None) -> Tensor:
         nonlocal calls
         calls += 1
         logits = torch.zeros(len(newest), 40)
@@ -494,6 +512,7 @@ def test_logits_that_are_not_finite_are_reported_with_the_image(
 def test_any_valid_setting_gives_well_formed_captions(data: st.DataObject) -> None:
     max_tokens = data.draw(st.integers(2, 7))
     options: dict[str, Any] = {
+        **RULES,
         "max_tokens": max_tokens,
         "min_tokens": data.draw(st.integers(0, max_tokens - 1)),
     }
@@ -503,11 +522,16 @@ def test_any_valid_setting_gives_well_formed_captions(data: st.DataObject) -> No
             "num_beams": st.integers(1, 7),
             "length_penalty": st.floats(-10, 10),
             "early_stopping": st.sampled_from([True, False, "never"]),
+            "num_return_sequences": st.just(1),
+            "num_beam_groups": st.just(1),
+            "diversity_penalty": st.just(0.0),
         },
         "nucleus": {
             "temperature": st.floats(0.01, 100),
             "top_k": st.none() | st.integers(1, 99),
             "top_p": st.floats(0, 1, exclude_min=True),
+            "min_p": st.just(0.0),
+            "num_return_sequences": st.just(1),
             "seed": st.integers(-5, 2**70),
         },
     }
@@ -558,14 +582,19 @@ BAD_OPTIONS = [
         GREEDY,
         "num_beams",
         3,
-        "is no option of decoding=greedy, which takes max_tokens, min_tokens; remove it",
+        "is no option of decoding=greedy, which takes max_tokens, min_tokens, repetition_penalty",
     ),
-    (BEAM, "top_p", 0.9, "is no option of decoding=beam, which takes max_tokens, min_tokens, num_beams, "),
+    (
+        BEAM,
+        "top_p",
+        0.9,
+        "is no option of decoding=beam, which takes max_tokens, min_tokens, repetition_penalty",
+    ),
     (
         NUCLEUS,
         "beams",
         3,
-        "is no option of decoding=nucleus, which takes max_tokens, min_tokens, temperature, ",
+        "is no option of decoding=nucleus, which takes max_tokens, min_tokens, repetition_penalty",
     ),
     (GREEDY, "method", "beams", "is no decoding method; use one of greedy, beam, nucleus"),
     (GREEDY, "method", None, "is no decoding method"),

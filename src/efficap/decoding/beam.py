@@ -1,21 +1,31 @@
-"""Batched beam search.
+"""Batched beam search, plain or in diverse groups.
 
-B images, n beams of each, m live rows of each (1 at the first step, n afterwards), k hypotheses of each,
-T tokens at most, V words.
+B images, g groups of w beams each (n = g * w), m live rows of each group (1 at the first step, w afterwards),
+k hypotheses of each group, T tokens at most, V words. A pool is a group of an image: B * g of them, image-major.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from efficap.decoding.contract import Decoded, Decoding, Step, is_number, is_whole, require
+from efficap.decoding.contract import (
+    Decoded,
+    Decoding,
+    Step,
+    ended,
+    is_number,
+    is_whole,
+    read_prompt,
+    require,
+)
+from efficap.decoding.hypotheses import Hypotheses
+from efficap.decoding.rules import Rules
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +34,10 @@ class Beam(Decoding):
 
     The length normalisation is the first factor of Wu et al. 2016 (arXiv:1609.08144, section 7) without its
     constants. Result and score are those of transformers' beam search with the same settings, so published
-    settings carry over. A caption's generated length counts EOS but not BOS.
+    settings carry over. A caption's generated length counts EOS but neither BOS nor a prefix.
+
+    Groups are those of Vijayakumar et al. 2018 (arXiv:1610.02424): each searches for itself, but a word that earlier
+    groups have taken at the same step costs it `diversity_penalty` for each of their beams that took it.
 
     Attributes:
         num_beams: hypotheses kept for each image; 1 is greedy decoding (but for "never", which searches on).
@@ -33,20 +46,24 @@ class Beam(Decoding):
             the best running hypothesis, scored at its present length, is no better than the worst of them
             (likely, but not certain, to stay so). "never": when it would be no better even if it grew, at no
             cost, to the length that the penalty likes best.
+        num_return_sequences: captions of each image, the best first.
+        num_beam_groups: groups that the beams are shared out to; 1 is plain beam search.
+        diversity_penalty: in nats; with one group it must be 0.
     """
 
     method: ClassVar[str] = "beam"
     num_beams: int
     length_penalty: float
     early_stopping: bool | Literal["never"]
+    num_return_sequences: int
+    num_beam_groups: int
+    diversity_penalty: float
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        n, groups = self.num_beams, self.num_beam_groups
         require(
-            is_whole(self.num_beams) and self.num_beams >= 1,
-            "num_beams",
-            self.num_beams,
-            "must be at least 1; use decoding=greedy for one beam",
+            is_whole(n) and n >= 1, "num_beams", n, "must be at least 1; use decoding=greedy for one beam"
         )
         require(
             is_number(self.length_penalty) and abs(self.length_penalty) <= 10,
@@ -60,107 +77,128 @@ class Beam(Decoding):
             self.early_stopping,
             "must be true, false or never; use false to keep searching while a better caption is likely",
         )
+        require(
+            is_whole(self.num_return_sequences) and 1 <= self.num_return_sequences <= n,
+            "num_return_sequences",
+            self.num_return_sequences,
+            f"must be from 1 to decoding.num_beams={n}; use more beams for more captions",
+        )
+        require(
+            is_whole(groups) and groups >= 1 and n % groups == 0,
+            "num_beam_groups",
+            groups,
+            f"must divide decoding.num_beams={n}; use 1 for plain beam search",
+        )
+        require(
+            is_number(self.diversity_penalty) and (self.diversity_penalty > 0) == (groups > 1),
+            "diversity_penalty",
+            self.diversity_penalty,
+            "must be above 0 with decoding.num_beam_groups above 1, and 0 with one group",
+        )
 
     def _search(
-        self, step: Step, image_ids: Sequence[str], bos_id: int, eos_id: int, device: torch.device
+        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
     ) -> Decoded:
-        running = _Hypotheses.blank(len(image_ids), 1, self.max_tokens, eos_id, device)
-        running.tokens[..., 0] = bos_id
-        running.scores.zero_()
-        finished = _Hypotheses.blank(len(image_ids), self.num_beams, self.max_tokens, eos_id, device)
-        # (B,), false once an image's finished captions are final
-        is_open = torch.ones(len(image_ids), dtype=torch.bool, device=device)
-        rank = torch.arange(2 * self.num_beams, device=device)
-        parents = None
+        groups, width = self.num_beam_groups, self.num_beams // self.num_beam_groups
+        images = len(image_ids)
+        running = Hypotheses.start(rules.prompt, images * groups, self.max_tokens, eos_id, device)
+        finished = Hypotheses.blank(images * groups, width, self.max_tokens, eos_id, device)
+        results = Hypotheses.blank(images, self.num_beams, self.max_tokens, eos_id, device)
+        place = torch.arange(
+            images, device=device
+        )  # where each image that is still searched belongs in the results
+        is_open = torch.ones(images * groups, dtype=torch.bool, device=device)  # false once a pool is final
+        prompt = len(rules.prompt)
+        logits = read_prompt(step, rules.prompt, images, device)  # (B, V)
 
-        for length in range(1, self.max_tokens):  # tokens of every running hypothesis, BOS counted
-            logits = step(running.tokens[..., length - 1].flatten(), parents)  # (B*m, V)
-            log_probs = self._log_probs(logits, length, eos_id)
-            # Each beam ends in EOS only once, so that of 2n candidates at least n can run on.
-            candidates, origin = running.extend(log_probs, length, count=2 * self.num_beams)  # k = 2n
+        for length in range(prompt, self.max_tokens):  # tokens of every running hypothesis, BOS counted
+            log_probs = logits.float().log_softmax(dim=-1)  # (rows, V)
+            if length == prompt and groups > 1:
+                log_probs = log_probs.repeat_interleave(groups, dim=0)  # (B*g, V)
+            running, finished, parents = self._extend(
+                running, finished, log_probs, length, is_open, rules, eos_id
+            )
+            is_open &= self._may_improve(running, finished, length + 1 - prompt, prompt)
+            open_images = is_open.view(-1, groups).any(dim=1)  # (B,)
+            last = length + 1 == self.max_tokens or not bool(open_images.any())
+            keep = None
+            if last or bool((~open_images).sum() * 8 >= len(open_images)):  # copying what stays has its price
+                closed = torch.ones_like(open_images) if last else ~open_images
+                results.put(place[closed], finished.of_images(closed, groups))
+                if last:
+                    break
+                keep = open_images.nonzero()[:, 0]  # (B',)
+                running, finished = (h.of_pools(open_images, groups) for h in (running, finished))
+                place, is_open = place[keep], is_open.view(-1, groups)[keep].flatten()
+                parents = parents.view(len(open_images), -1)[keep]
+            logits = step(running.tokens[..., length].flatten(), parents.flatten(), keep)  # (B*n, V)
 
-            says_eos = candidates.tokens[..., length] == eos_id  # (B, 2n)
-            ends = says_eos | (length + 1 == self.max_tokens)
-            enters = ends & (rank < self.num_beams) & is_open[:, None]  # (B, 2n)
-            entries = candidates.rescored(candidates.scores / length**self.length_penalty, where=enters)
-            finished = finished.joined(entries).best(self.num_beams)[0]
+        best = results.best(self.num_return_sequences)[0]  # (B, n)
+        longest = int(best.lengths.max())
+        return Decoded(
+            best.tokens[..., :longest],
+            best.lengths,
+            best.scores,
+            best.gains[..., :longest],
+            ended=ended(best.tokens, best.lengths, prompt, eos_id),
+        )
 
-            rows = running.scores.shape[1]  # m
-            running, chosen = candidates.rescored(candidates.scores, where=~says_eos).best(self.num_beams)
-            parents = _flat_rows(origin.gather(1, chosen), rows)  # (B*n,)
-            is_open &= self._may_improve(running, finished, length)
-            if not is_open.any():
-                break
+    def _extend(
+        self,
+        running: Hypotheses,
+        finished: Hypotheses,
+        log_probs: Tensor,
+        length: int,
+        is_open: Tensor,
+        rules: Rules,
+        eos_id: int,
+    ) -> tuple[Hypotheses, Hypotheses, Tensor]:
+        """One more word for every pool; also, for each new row, the row of the step that it continues: (B, n)."""
+        groups, width = self.num_beam_groups, self.num_beams // self.num_beam_groups
+        pools, rows = running.scores.shape  # B*g, m
+        of_group = log_probs.view(-1, groups, rows, log_probs.shape[-1])  # (B, g, m, V)
+        taken = None  # (B, V) by how many beams of the groups so far
+        parts, origins = [], []
+        for group in range(groups):
+            mine = running.of_group(group, groups)
+            costs = of_group[:, group].flatten(0, 1)  # (B*m, V)
+            if taken is not None:
+                costs = costs - self.diversity_penalty * taken.repeat_interleave(rows, dim=0)
+            costs = rules.apply(costs, mine.tokens[..., :length].flatten(0, 1))
+            # Each beam ends in EOS only once, so that of 2w candidates at least w can run on.
+            candidates, origin = mine.extend(costs, length, count=2 * width)
+            parts.append(candidates)
+            origins.append(origin)
+            if groups > 1:
+                runs_on = candidates.tokens[..., length] != eos_id
+                words = (
+                    candidates.rescored(candidates.scores, where=runs_on).best(width)[0].tokens[..., length]
+                )
+                taken = of_group.new_zeros(len(of_group), of_group.shape[-1]) if taken is None else taken
+                taken = taken.scatter_add(1, words, torch.ones_like(words, dtype=taken.dtype))
+        candidates = Hypotheses.interleaved(parts)  # k = 2w
+        origin = torch.stack(origins, dim=1).flatten(0, 1)  # (B*g, 2w)
 
-        longest = int(finished.lengths[:, 0].max())
-        return Decoded(finished.tokens[:, :1, :longest], finished.lengths[:, :1], finished.scores[:, :1])
+        says_eos = candidates.tokens[..., length] == eos_id  # (B*g, 2w)
+        ends = says_eos | (length + 1 == self.max_tokens)
+        rank = torch.arange(2 * width, device=ends.device)
+        enters = ends & (rank < width) & is_open[:, None]
+        generated = length + 1 - len(rules.prompt)
+        entries = candidates.rescored(candidates.scores / generated**self.length_penalty, where=enters)
+        finished = finished.joined(entries).best(width)[0]
+        running, chosen = candidates.rescored(candidates.scores, where=~says_eos).best(width)
+        first = torch.arange(pools, device=origin.device)[:, None] * rows  # (B*g, 1) row of each pool's first
+        if length == len(rules.prompt):
+            first = first // groups  # all groups continue the one row of their image
+        return running, finished, (first + origin.gather(1, chosen)).view(-1, self.num_beams)
 
-    def _may_improve(self, running: _Hypotheses, finished: _Hypotheses, generated: int) -> Tensor:
-        """(B,) bool: whether the running hypotheses may still change an image's finished ones."""
+    def _may_improve(self, running: Hypotheses, finished: Hypotheses, generated: int, prompt: int) -> Tensor:
+        """(B*g,) bool: whether the running hypotheses may still change a pool's finished ones."""
         grows = self.early_stopping == "never" and self.length_penalty > 0
-        length = self.max_tokens - 1 if grows else generated
-        hope = running.scores[:, 0] / length**self.length_penalty  # (B,)
-        worst = finished.scores.amin(dim=1)  # (B,), -inf while there are fewer than n
+        length = self.max_tokens - prompt if grows else generated
+        hope = running.scores[:, 0] / length**self.length_penalty  # (B*g,)
+        worst = finished.scores.amin(dim=1)  # (B*g,), -inf while there are fewer than w
         may_improve: Tensor = ~(hope <= worst)  # not `>`: a NaN must live on, to be seen in the result
         if self.early_stopping is True:
             may_improve &= worst == -math.inf
         return may_improve
-
-
-@dataclass(frozen=True, slots=True)
-class _Hypotheses:
-    """k token sequences of each image. A score of -inf marks an empty place, never a caption."""
-
-    tokens: Tensor  # (B, k, T) int64, EOS beyond lengths
-    lengths: Tensor  # (B, k) int64, BOS counted
-    scores: Tensor  # (B, k) float32
-
-    @classmethod
-    def blank(
-        cls, images: int, count: int, max_tokens: int, eos_id: int, device: torch.device
-    ) -> _Hypotheses:
-        return cls(
-            torch.full((images, count, max_tokens), eos_id, device=device),
-            torch.ones((images, count), dtype=torch.int64, device=device),
-            torch.full((images, count), -math.inf, dtype=torch.float32, device=device),
-        )
-
-    def extend(self, log_probs: Tensor, length: int, count: int) -> tuple[_Hypotheses, Tensor]:
-        """The `count` best one-word continuations, the best first, and the rows they continue (B, count)."""
-        images, rows = self.scores.shape
-        vocabulary = log_probs.shape[-1]
-        totals = self.scores[..., None] + log_probs.view(images, rows, vocabulary)  # (B, m, V)
-        scores, flat = totals.flatten(1).topk(min(count, rows * vocabulary))  # (B, count or fewer)
-        missing = count - scores.shape[1]  # above 0 only for a vocabulary smaller than the beam is wide
-        scores, flat = F.pad(scores, (0, missing), value=-math.inf), F.pad(flat, (0, missing))  # (B, count)
-        origin = flat // vocabulary
-        extended = replace(self._at(origin), scores=scores)
-        extended.tokens[..., length] = flat % vocabulary
-        extended.lengths.fill_(length + 1)
-        return extended, origin
-
-    def rescored(self, scores: Tensor, *, where: Tensor) -> _Hypotheses:
-        """The same sequences with `scores` (B, k), and emptied where `where` (B, k) is false."""
-        return replace(self, scores=scores.masked_fill(~where, -math.inf))
-
-    def joined(self, other: _Hypotheses) -> _Hypotheses:
-        return _Hypotheses(
-            torch.cat((self.tokens, other.tokens), dim=1),
-            torch.cat((self.lengths, other.lengths), dim=1),
-            torch.cat((self.scores, other.scores), dim=1),
-        )
-
-    def best(self, count: int) -> tuple[_Hypotheses, Tensor]:
-        """The `count` best, the best first, and where they were: (B, count)."""
-        index = self.scores.topk(count).indices
-        return self._at(index), index
-
-    def _at(self, index: Tensor) -> _Hypotheses:
-        tokens = self.tokens.gather(1, index[..., None].expand(-1, -1, self.tokens.shape[-1]))
-        return _Hypotheses(tokens, self.lengths.gather(1, index), self.scores.gather(1, index))
-
-
-def _flat_rows(index: Tensor, rows: int) -> Tensor:
-    """Rows within each image (B, n), out of `rows`, as rows of the batch (B*n,)."""
-    first = torch.arange(len(index), device=index.device)[:, None] * rows  # (B, 1)
-    return (first + index).flatten()

@@ -14,6 +14,7 @@ from typing import ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from efficap.decoding.rules import Rules
 from efficap.errors import InputError
 
 
@@ -24,12 +25,26 @@ class Step(Protocol):
         ids: (R,) int64, the newest token of each row.
         parents: (R,) int64: row r continues the sequence that was row ``parents[r]`` of the previous call;
             None: row r continues row r. Always None at the first call, where R = B and all ids are BOS.
+        images: (B',) int64: the places, among those of the previous call, of the images that go on; all rows are
+            theirs. None: all images go on.
 
     Returns:
         (R, V) float, logits of the next token.
     """
 
-    def __call__(self, ids: Tensor, parents: Tensor | None, /) -> Tensor: ...
+    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None, /) -> Tensor: ...
+
+
+class Vocabulary(Protocol):
+    """How words are spelled in ids."""
+
+    def encode_prefix(self, text: str) -> list[int]:
+        """The ids of the beginning of a caption, BOS left out."""
+        ...
+
+    def spellings(self, phrase: str) -> list[list[int]]:
+        """All sequences of ids that say a phrase; BOS before those that only a caption's beginning can have."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +56,21 @@ class Decoded:
             reached ``max_tokens`` may end without EOS.
         lengths: (B, n) int64, valid tokens with BOS and, where there is one, EOS.
         scores: (B, n) float32, as the method defines them, in nats.
+        token_log_probs: (B, n, T) float32, of each token after those before it, as the method weighed it; 0 for BOS, a
+            prefix and padding.
+        ended: (B, n) bool, whether EOS was reached.
     """
 
     tokens: Tensor
     lengths: Tensor
     scores: Tensor
+    token_log_probs: Tensor
+    ended: Tensor
 
     def __post_init__(self) -> None:
         assert self.tokens.ndim == 3
-        assert self.tokens.shape[:2] == self.lengths.shape == self.scores.shape
+        assert self.tokens.shape[:2] == self.lengths.shape == self.scores.shape == self.ended.shape
+        assert self.tokens.shape == self.token_log_probs.shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +81,9 @@ class Decoding(ABC):
         max_tokens: the longest caption, BOS and EOS counted; one that gets there is cut.
         min_tokens: EOS is forbidden while a caption has fewer tokens than this, BOS counted (what
             transformers calls ``min_length``): 2 asks for at least one word, 0 for nothing.
+        repetition_penalty, no_repeat_ngram_size: see `Rules`.
+        banned: words and phrases that no caption has.
+        prefix: how every caption begins, such as "a photo of"; it counts in `max_tokens`.
 
     Raises:
         InputError: an option is out of its range.
@@ -68,6 +92,10 @@ class Decoding(ABC):
     method: ClassVar[str]
     max_tokens: int
     min_tokens: int
+    repetition_penalty: float
+    no_repeat_ngram_size: int
+    banned: Sequence[str]
+    prefix: str
 
     def __post_init__(self) -> None:
         require(
@@ -84,26 +112,55 @@ class Decoding(ABC):
             "lower it or raise max_tokens",
         )
 
+        penalty = self.repetition_penalty
+        require(
+            is_number(penalty) and penalty > 0,
+            "repetition_penalty",
+            penalty,
+            "must be above 0; 1 changes nothing",
+        )
+        size = self.no_repeat_ngram_size
+        require(
+            is_whole(size) and size >= 0,
+            "no_repeat_ngram_size",
+            size,
+            "must be a whole number of at least 0; 0 forbids nothing",
+        )
+        words = not isinstance(self.banned, str) and all(
+            isinstance(w, str) and w.strip() for w in self.banned
+        )
+        require(words, "banned", self.banned, "must be a list of words or phrases; [] bans nothing")
+        require(isinstance(self.prefix, str), "prefix", self.prefix, "must be text; '' for none")
+
     @torch.no_grad()
     def decode(
-        self, step: Step, image_ids: Sequence[str], *, bos_id: int, eos_id: int, device: torch.device | str
+        self,
+        step: Step,
+        image_ids: Sequence[str],
+        *,
+        bos_id: int,
+        eos_id: int,
+        device: torch.device | str,
+        vocabulary: Vocabulary | None = None,
     ) -> Decoded:
-        """Captions of a batch, one for each image: n = 1.
+        """Captions of a batch.
 
-        All images stay in the batch until the last one is done. `bos_id` may equal `eos_id`: the first token
-        never counts as an end.
+        An image that is done leaves the batch. `bos_id` may equal `eos_id`: the first token never counts as an end.
 
         Args:
             step: the model's step function, with a fresh cache for these images.
             image_ids: B keys, in the order of the step's rows; sampling draws by them.
             bos_id, eos_id: token ids.
             device: where `step` expects its ids.
+            vocabulary: spells what `prefix` and `banned` say; needed where they say anything.
 
         Raises:
-            InputError: the step's logits are not finite.
+            InputError: the step's logits are not finite, or the prefix leaves no room.
         """
         assert image_ids, "an empty batch"
-        decoded = self._search(step, image_ids, bos_id, eos_id, torch.device(device))
+        device = torch.device(device)
+        rules = self._rules(bos_id, eos_id, device, vocabulary)
+        decoded = self._search(step, image_ids, rules, eos_id, device)
         broken = (~decoded.scores[:, 0].isfinite()).nonzero().flatten().tolist()
         if broken:
             raise InputError(
@@ -113,17 +170,43 @@ class Decoding(ABC):
             )
         return decoded
 
+    def _rules(self, bos_id: int, eos_id: int, device: torch.device, vocabulary: Vocabulary | None) -> Rules:
+        assert vocabulary is not None or not (self.prefix or self.banned), "words cannot be spelled"
+        prompt = [bos_id, *(vocabulary.encode_prefix(self.prefix) if vocabulary and self.prefix else [])]
+        require(
+            len(prompt) < self.max_tokens,
+            "prefix",
+            repr(self.prefix),
+            f"has {len(prompt)} tokens with BOS and leaves no room in decoding.max_tokens={self.max_tokens}",
+        )
+        banned = [ids for phrase in self.banned for ids in vocabulary.spellings(phrase)] if vocabulary else []
+        return Rules(
+            prompt=prompt,
+            eos_id=eos_id,
+            min_tokens=self.min_tokens,
+            repetition_penalty=self.repetition_penalty,
+            no_repeat_ngram_size=self.no_repeat_ngram_size,
+            banned=banned,
+            device=device,
+        )
+
     @abstractmethod
     def _search(
-        self, step: Step, image_ids: Sequence[str], bos_id: int, eos_id: int, device: torch.device
+        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
     ) -> Decoded: ...
 
-    def _log_probs(self, logits: Tensor, length: int, eos_id: int) -> Tensor:
-        """float32 log-probabilities (R, V) of the word after `length` tokens, BOS counted."""
-        log_probs = logits.float().log_softmax(dim=-1)
-        if length < self.min_tokens:
-            log_probs[:, eos_id] = -math.inf
-        return log_probs
+
+def read_prompt(step: Step, prompt: Sequence[int], images: int, device: torch.device) -> Tensor:
+    """Feed BOS and the prefix to one row of each image; the (B, V) logits of the word after them."""
+    for token in prompt:
+        logits = step(torch.full((images,), token, device=device), None, None)
+    return logits.float()
+
+
+def ended(tokens: Tensor, lengths: Tensor, prompt: int, eos_id: int) -> Tensor:
+    """(B, n) bool, whether the last of a caption's tokens is an EOS, and not its prompt's."""
+    last = tokens.gather(-1, (lengths - 1)[..., None])[..., 0]
+    return (last == eos_id) & (lengths > prompt)
 
 
 def require(condition: bool, option: str, value: object, rule: str) -> None:

@@ -1,6 +1,6 @@
-"""Decoding with one row for each image: greedy, and nucleus sampling.
+"""Decoding in which rows do not compete: greedy, and nucleus sampling.
 
-B images, T tokens at most, V words, S words that top_k leaves.
+B images, n samples of each, T tokens at most, V words, S words that top_k leaves.
 """
 
 from __future__ import annotations
@@ -14,71 +14,118 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficap.decoding.contract import Decoded, Decoding, Step, is_number, is_whole, require
+from efficap.decoding.contract import (
+    Decoded,
+    Decoding,
+    Step,
+    ended,
+    is_number,
+    is_whole,
+    read_prompt,
+    require,
+)
+from efficap.decoding.rules import Rules
 
 
-class _SingleRow(Decoding):
-    """One hypothesis for each image; its score is the sum of the model's log-probabilities, EOS included."""
+class _Independent(Decoding):
+    """Rows that go their own ways; a caption's score is the sum of the model's log-probabilities, EOS included."""
 
     def _roll_out(
         self,
         step: Step,
-        num_images: int,
-        choose: Callable[[Tensor, int], Tensor],
-        bos_id: int,
+        images: int,
+        samples: int,
+        choose: Callable[[Tensor, Tensor, int], Tensor],
+        rules: Rules,
         eos_id: int,
         device: torch.device,
     ) -> Decoded:
-        """Lets `choose(log_probs (B, V), length) -> (B,)` pick word after word until all captions end."""
-        tokens = torch.full((num_images, self.max_tokens), eos_id, device=device)  # (B, T)
-        tokens[:, 0] = bos_id
-        lengths = torch.ones(num_images, dtype=torch.int64, device=device)
-        scores = torch.zeros(num_images, dtype=torch.float32, device=device)
-        running = torch.ones(num_images, dtype=torch.bool, device=device)
+        """Word after word until all captions end.
 
-        for length in range(1, self.max_tokens):  # tokens of every running caption, BOS counted
-            log_probs = self._log_probs(step(tokens[:, length - 1], None), length, eos_id)  # (B, V)
-            words = choose(log_probs, length)  # (B,)
-            gains = log_probs.gather(1, words[:, None])[:, 0]  # (B,)
-            tokens[:, length] = torch.where(running, words, eos_id)
-            scores += torch.where(running, gains, 0.0)
-            lengths += running
-            running &= words != eos_id
-            if not running.any():
+        Args:
+            choose: (scores (B'*n, V), place (B',), length) -> (B'*n,) words, for the images at `place`.
+        """
+        prompt = len(rules.prompt)
+        tokens = torch.full((images, samples, self.max_tokens), eos_id, device=device)  # (B, n, T)
+        tokens[..., :prompt] = torch.tensor(rules.prompt, device=device)
+        gains = torch.zeros(tokens.shape, device=device)  # (B, n, T)
+        running = torch.ones(tokens.shape[:2], dtype=torch.bool, device=device)  # (B, n)
+        place = torch.arange(images, device=device)  # (B',) the images that are not done
+        logits = read_prompt(step, rules.prompt, images, device).repeat_interleave(samples, dim=0)  # (B*n, V)
+
+        for length in range(prompt, self.max_tokens):  # tokens of every running caption, BOS counted
+            log_probs = logits.log_softmax(dim=-1)  # (B'*n, V)
+            words = choose(rules.apply(logits, tokens[place, :, :length].flatten(0, 1)), place, length)
+            gain = log_probs.gather(1, words[:, None]).view(-1, samples)  # (B', n)
+            words, live = words.view(-1, samples), running[place]
+            tokens[place, :, length] = torch.where(live, words, eos_id)
+            gains[place, :, length] = torch.where(live, gain, 0.0)
+            running[place] = live & (words != eos_id)
+            goes_on = running[place].any(dim=1)  # (B',)
+            if length + 1 == self.max_tokens or not bool(goes_on.any()):
                 break
+            keep = None if bool(goes_on.all()) else goes_on.nonzero()[:, 0]
+            parents = self._parents(len(place), samples, first=length == prompt, keep=keep, device=device)
+            place = place if keep is None else place[keep]
+            logits = step(tokens[place, :, length].flatten(), parents, keep).float()
 
+        lengths = self._lengths(tokens, prompt, eos_id)
         longest = int(lengths.max())
-        return Decoded(tokens[:, None, :longest], lengths[:, None], scores[:, None])  # n = 1
+        tokens, gains = tokens[..., :longest], gains[..., :longest]
+        return Decoded(
+            tokens, lengths, gains.sum(dim=-1), gains, ended=ended(tokens, lengths, prompt, eos_id)
+        )
+
+    @staticmethod
+    def _parents(
+        images: int, samples: int, *, first: bool, keep: Tensor | None, device: torch.device
+    ) -> Tensor | None:
+        """The rows that go on: all samples of an image from its one row at first, each from its own afterwards."""
+        if keep is None and (samples == 1 or not first):
+            return None
+        rows = torch.arange(images if first else images * samples, device=device)
+        rows = rows[:, None].expand(-1, samples) if first else rows.view(images, samples)  # (B, n)
+        return (rows if keep is None else rows[keep]).flatten()
+
+    @staticmethod
+    def _lengths(tokens: Tensor, prompt: int, eos_id: int) -> Tensor:
+        """(B, n) tokens of each caption with BOS and, where there is one, EOS."""
+        is_end = tokens[..., prompt:] == eos_id  # (B, n, T - prompt)
+        before = (is_end.cumsum(dim=-1) == 0).sum(dim=-1)
+        return prompt + before + is_end.any(dim=-1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Greedy(_SingleRow):
+class Greedy(_Independent):
     """The likeliest word at each step; the score is the sum of the caption's log-probabilities."""
 
     method: ClassVar[str] = "greedy"
 
     def _search(
-        self, step: Step, image_ids: Sequence[str], bos_id: int, eos_id: int, device: torch.device
+        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
     ) -> Decoded:
-        def choose(log_probs: Tensor, length: int) -> Tensor:
-            return log_probs.argmax(dim=-1)
+        def choose(scores: Tensor, place: Tensor, length: int) -> Tensor:
+            return scores.argmax(dim=-1)
 
-        return self._roll_out(step, len(image_ids), choose, bos_id, eos_id, device)
+        return self._roll_out(step, len(image_ids), 1, choose, rules, eos_id, device)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nucleus(_SingleRow):
+class Nucleus(_Independent):
     """Sampling from the smallest set of words that holds `top_p` of the probability.
 
     Holtzman et al. 2020, "The Curious Case of Neural Text Degeneration" (arXiv:1904.09751). Temperature comes
-    first, then `top_k`, then `top_p` on what `top_k` left. An image's random numbers depend on `seed` and its
-    image id alone: neither its neighbours in the batch nor the number of processes change its caption.
+    first, then `top_k`, then `top_p` on what `top_k` left, then `min_p`. An image's random numbers depend on `seed`
+    and its image id alone: neither its neighbours in the batch nor the number of processes change its caption.
     The score is the sum of the model's own log-probabilities, before temperature and truncation.
 
     Attributes:
         temperature: divides the logits; below 1 sharpens, above 1 flattens.
         top_k: how many of the likeliest words to keep; None keeps all.
         top_p: probability to keep, in (0, 1]; 1 keeps all. The likeliest word is always kept.
+        min_p: words less likely than this share of the likeliest one's probability are dropped, in [0, 1]; 0 keeps
+            all (Nguyen et al. 2024, arXiv:2407.01082).
+        num_return_sequences: samples of each image; the first is the same whatever their number.
         seed: another seed gives other captions.
     """
 
@@ -86,6 +133,8 @@ class Nucleus(_SingleRow):
     temperature: float
     top_k: int | None
     top_p: float
+    min_p: float
+    num_return_sequences: int
     seed: int
 
     def __post_init__(self) -> None:
@@ -108,26 +157,41 @@ class Nucleus(_SingleRow):
             self.top_p,
             "must be above 0 and at most 1; use 1 to keep all words, or decoding=greedy to keep one",
         )
+        require(
+            is_number(self.min_p) and 0 <= self.min_p <= 1,
+            "min_p",
+            self.min_p,
+            "must be from 0 to 1; use 0 to keep all words",
+        )
+        require(
+            is_whole(self.num_return_sequences) and self.num_return_sequences >= 1,
+            "num_return_sequences",
+            self.num_return_sequences,
+            "must be at least 1",
+        )
         require(is_whole(self.seed), "seed", self.seed, "must be a whole number; use 0 if any will do")
 
     def _search(
-        self, step: Step, image_ids: Sequence[str], bos_id: int, eos_id: int, device: torch.device
+        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
     ) -> Decoded:
-        uniform = uniform_numbers(self.seed, image_ids, self.max_tokens - 1).to(device)  # (B, T-1)
+        samples, steps = self.num_return_sequences, self.max_tokens - 1
+        uniform = uniform_numbers(self.seed, image_ids, samples * steps).to(device)
+        uniform = uniform.view(-1, samples, steps)  # (B, n, T-1)
 
-        def choose(log_probs: Tensor, length: int) -> Tensor:
-            return self._draw(log_probs, uniform[:, length - 1, None])
+        def choose(scores: Tensor, place: Tensor, length: int) -> Tensor:
+            return self._draw(scores, uniform[place, :, length - 1].flatten()[:, None])
 
-        return self._roll_out(step, len(image_ids), choose, bos_id, eos_id, device)
+        return self._roll_out(step, len(image_ids), samples, choose, rules, eos_id, device)
 
-    def _draw(self, log_probs: Tensor, uniform: Tensor) -> Tensor:
+    def _draw(self, scores: Tensor, uniform: Tensor) -> Tensor:
         """Words (B,) by inverse CDF over the nucleus, at `uniform` (B, 1) of its probability."""
-        ranked, words = log_probs.sort(dim=-1, descending=True, stable=True)  # (B, V)
+        ranked, words = scores.sort(dim=-1, descending=True, stable=True)  # (B, V)
         ranked, words = ranked[:, : self.top_k], words[:, : self.top_k]  # (B, S)
         probs = ((ranked - ranked[:, :1]) / self.temperature).softmax(dim=-1)
         upto = probs.cumsum(dim=-1)
         before = F.pad(upto[:, :-1], (1, 0))  # probability of the likelier words
-        nucleus = (before < self.top_p) & (probs > 0)  # (B, S) true, then false
+        likely = probs >= self.min_p * probs[:, :1]
+        nucleus = (before < self.top_p) & likely & (probs > 0)  # (B, S) true, then false
         last = (nucleus.sum(dim=-1, keepdim=True) - 1).clamp(min=0)  # (B, 1)
         target = uniform * upto.gather(1, last)
         place = (upto <= target).sum(dim=-1, keepdim=True)

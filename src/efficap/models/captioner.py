@@ -80,8 +80,8 @@ class DecodingState:
         self.decoder = decoder
         self.cache = DecodingCache(decoder.project_memory(memory), max_tokens)
 
-    def __call__(self, ids: Tensor, parents: Tensor | None) -> Tensor:
-        """Feed each row's newest token, (R,); row r continues row parents[r]. Returns (R, V) float32 logits."""
+    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None = None) -> Tensor:
+        """Feed each row's newest token, (R,); returns (R, V) logits. See `efficap.decoding.Step`."""
         if parents is not None:
-            self.cache.reorder(parents)
-        return self.decoder.step(ids, self.cache).to(torch.float32)
+            self.cache.follow(parents, images)
+        return self.decoder.step(ids, self.cache)

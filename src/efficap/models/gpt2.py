@@ -23,34 +23,70 @@ KeyValue = tuple[Tensor, Tensor]
 class DecodingCache:
     """Keys and values of the tokens so far, and of the memory, for decoding one token at a time.
 
+    What was written stays where it is, in slots of its picture that all its rows share; which of them a row sees is its
+    history. So beams change their parents without a copy of keys and values.
+
     Args:
         memory: for each layer the (B, H, N, d) keys and values of the pictures, shared by the rows of each.
         max_tokens: the longest sequence that it will hold.
     """
 
     def __init__(self, memory: list[KeyValue], max_tokens: int) -> None:
-        self.memory = memory
-        self.max_tokens = max_tokens
-        self.length = 0
+        self.memory, self.max_tokens = memory, max_tokens
+        self.length = 0  # tokens of each row
+        self.rows = 1  # G
+        self.mask: Tensor | None = None  # (B, 1, G, slots), -inf where a row does not see; None: all see all
         images, heads, _, d = memory[0][0].shape
-        shape = (len(memory), images, heads, max_tokens, d)  # (L, R, H, T, d)
-        self.keys = memory[0][0].new_empty(shape)
-        self.values = memory[0][0].new_empty(shape)
+        self._used = 0  # slots
+        self._keys = memory[0][0].new_empty(len(memory), images, heads, max_tokens, d)  # (L, B, H, S, d)
+        self._values = torch.empty_like(self._keys)
+        self._visible = torch.zeros(images, 1, max_tokens, dtype=torch.bool, device=self._keys.device)  # (B, G, S)
 
-    def reorder(self, parents: Tensor) -> None:
-        """Row r continues what was row parents[r]; their number may change, the images may not."""
-        shape = (self.keys.shape[0], len(parents), *self.keys.shape[2:])
-        keys, values = self.keys.new_empty(shape), self.values.new_empty(shape)
-        keys[:, :, :, : self.length] = self.keys[:, :, :, : self.length].index_select(1, parents)
-        values[:, :, :, : self.length] = self.values[:, :, :, : self.length].index_select(1, parents)
-        self.keys, self.values = keys, values
+    def follow(self, parents: Tensor, images: Tensor | None) -> None:
+        """Row r now continues what was row parents[r].
+
+        Args:
+            parents: (R,) rows of the last step.
+            images: places of the pictures that go on; None: all. The rows are theirs, image-major.
+        """
+        if images is not None:
+            self.memory = [(key[images], value[images]) for key, value in self.memory]
+            self._keys, self._values = (
+                buffer[:, images] if self._used else buffer[:, : len(images)]
+                for buffer in (self._keys, self._values)
+            )
+            self._visible = self._visible[images]
+        own = parents.view(len(self._visible), -1) % self.rows  # (B, G)
+        if own.shape[1] != self.rows:
+            self.rows = own.shape[1]
+            self._grow(self._used + self.rows * (self.max_tokens - self.length))
+        self._visible = self._visible.gather(1, own[..., None].expand(-1, -1, self._visible.shape[2]))
+
+    def _grow(self, slots: int) -> None:
+        more = slots - self._keys.shape[3]
+        if more > 0:
+            self._keys, self._values = (F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values))
+            self._visible = F.pad(self._visible, (0, more))
+
+    def advance(self, tokens: int) -> None:
+        """Make room for the next `tokens` of each row; more than one only at the start, where there is one row."""
+        assert tokens == 1 or (self.rows == 1 and self._used == 0)
+        start, self._used = self._used, self._used + tokens * self.rows
+        self.length += tokens
+        if self.rows == 1:
+            self._visible[:, :, start : self._used] = True
+            self.mask = None
+            return
+        self._visible[:, :, start : self._used] = torch.eye(self.rows, dtype=torch.bool, device=self._visible.device)
+        unseen = ~self._visible[:, None, :, : self._used]  # (B, 1, G, slots)
+        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Add (R, H, t, d) of the newest tokens; returns all (R, H, length + t, d) of this layer."""
-        end = self.length + key.shape[2]
-        self.keys[layer, :, :, self.length : end] = key
-        self.values[layer, :, :, self.length : end] = value
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+        """Write the (B, H, G*T, d) of the newest tokens; returns the (B, H, slots, d) of this layer."""
+        start = self._used - key.shape[2]
+        self._keys[layer, :, :, start : self._used] = key
+        self._values[layer, :, :, start : self._used] = value
+        return self._keys[layer, :, :, : self._used], self._values[layer, :, :, : self._used]
 
 
 class GPT2(nn.Module):
@@ -110,12 +146,12 @@ class GPT2(nn.Module):
             cache: extended in place by these tokens.
         """
         past = cache.length if cache else 0
+        if cache:
+            cache.advance(tokens.shape[1])
         positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (R, T, D)
-        for block, key_value in zip(self.h, memory, strict=True):
+        for block, key_value in zip(self.h, cache.memory if cache else memory, strict=True):
             x = block(x, key_value, cache)
-        if cache:
-            cache.length += tokens.shape[1]
         return self.ln_f(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -152,17 +188,17 @@ class SelfAttention(nn.Module):
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, cache: DecodingCache | None) -> Tensor:
-        q, k, v = (
-            self.c_attn(x).unflatten(-1, (3, self.n_head, -1)).permute(2, 0, 3, 1, 4)
-        )  # (R, H, T, d) each
-        past = 0
+        rows, length, width = x.shape
+        images = len(cache.memory[0][0]) if cache else rows
+        qkv = self.c_attn(x).view(images, -1, 3, self.n_head, width // self.n_head)  # (B, G*T, 3, H, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, G*T, d) each; without a cache a row stands for an image
+        mask, is_causal = None, True
         if cache:
-            past = cache.length
-            k, v = cache.append(self.layer, k, v)  # (R, H, past + T, d) each
-        assert past == 0 or x.shape[1] == 1, "with a past, one token at a time"
+            k, v = cache.append(self.layer, k, v)  # (B, H, slots, d) each
+            mask, is_causal = cache.mask, length > 1
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=past == 0)
-        x = self.c_proj(x.transpose(1, 2).flatten(2))  # (R, T, D)
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        x = self.c_proj(x.transpose(1, 2).reshape(rows, length, width))  # (R, T, D)
         return self.resid_dropout(x)
 
 

@@ -140,6 +140,7 @@ def write_captions(
         bos_id=tokenizer.bos_id,
         eos_id=tokenizer.eos_id,
         device=images.device,
+        vocabulary=tokenizer,
     )
     return [
         tokenizer.decode(ids[:length])
