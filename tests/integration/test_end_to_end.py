@@ -111,7 +111,7 @@ def test_captioning_a_folder_lists_what_is_no_picture_and_goes_on(
     }
     rows = list(csv.DictReader((tmp_path / "out/captions.csv").open()))
     lines = [json.loads(line) for line in (tmp_path / "out/captions.jsonl").read_text().splitlines()]
-    assert rows == lines
+    assert rows == [{key: line[key] for key in ("file", "caption", "error")} for line in lines]
     assert [row["file"] for row in rows if row["error"]] == [str(pictures / "broken.jpg")]
     assert (tmp_path / "out/index.html").read_text().count("<img") == 7
 

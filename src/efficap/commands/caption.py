@@ -1,12 +1,12 @@
-"""Caption pictures: a file, a folder or a glob in; captions.csv, captions.jsonl and a gallery out."""
+"""Caption pictures: a file, a folder or a glob in; captions.csv, captions.jsonl and a gallery out. Or shards."""
 
 from __future__ import annotations
 
 import csv
 import glob
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -17,69 +17,95 @@ from rich.progress import Progress
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from efficap.commands.caption_shards import caption_shards, names_shards
 from efficap.commands.run_dir import RunDirectory, choose_device
 from efficap.data.module import default_workers
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.shards.tar import IMAGE_SUFFIXES
 from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.models.pretrained import preprocessing
-from efficap.training.module import write_captions
-
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+from efficap.training.writer import CaptionWriter, WrittenCaption
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedFile:
-    """What became of one file: a caption, or the reason why there is none."""
+    """What became of one file: its captions, the best first, or the reason why there is none."""
 
     file: Path
-    caption: str = ""
+    captions: list[WrittenCaption] = field(default_factory=list)
     error: str = ""
+
+    @property
+    def caption(self) -> str:
+        return self.captions[0].text if self.captions else ""
 
 
 def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     """Caption as the plain values of conf/caption.yaml say; returns what became of each file, in order.
+
+    Shards are captioned by `caption_shards`, whose results lie on disk; the list is then empty.
 
     Raises:
         InputError: no such run, nothing to caption, or not one picture that can be read.
     """
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
-    decoding = build_decoding(cfg.get("decoding") or run.config["decoding"])
-    files = find_pictures(cfg["images"])
+    settings = cfg.get("decoding") or run.config["decoding"]
+    decoding = build_decoding(settings)
+    in_shards = names_shards(cfg["images"])
+    files = [] if in_shards else find_pictures(cfg["images"])
     tokenizer = run.tokenizer()
     captioner = run.captioner(tokenizer, device)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
-    out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    writer = CaptionWriter(captioner, tokenizer, decoding)
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
-    results: dict[Path, CaptionedFile] = {}
+    if in_shards:
+        caption_shards(
+            writer,
+            transform,
+            cfg["images"],
+            Path(cfg["out"]) if cfg["out"] else None,
+            run.path,
+            batch_size=cfg["batch_size"],
+            num_workers=workers,
+            device=device,
+            settings=settings,
+        )
+        return []
+    out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     loader = DataLoader(
         Pictures(files, transform), batch_size=cfg["batch_size"], num_workers=workers, collate_fn=list
     )
-    with Progress(console=Console(stderr=True), transient=True) as progress, torch.inference_mode():
-        bar = progress.add_task("Captioning", total=len(files))
-        for loaded in loader:
-            read = [(file, pixels) for file, pixels, _ in loaded if pixels is not None]
-            results |= {
-                file: CaptionedFile(file, error=error) for file, pixels, error in loaded if pixels is None
-            }
-            if read:
-                images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
-                keys = [str(file) for file, _ in read]
-                captions = write_captions(captioner, tokenizer, decoding, images, keys)
-                results |= {
-                    file: CaptionedFile(file, text) for (file, _), text in zip(read, captions, strict=True)
-                }
-            progress.advance(bar, len(loaded))
-    ordered = [results[file] for file in files]
+    ordered = list(_captioned(loader, writer, device, len(files)))
     _write(out, ordered, run)
-    if not any(result.caption or not result.error for result in ordered):
+    if not any(result.captions for result in ordered):
         raise InputError(
             f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
         )
     return ordered
+
+
+def _captioned(
+    loader: Iterable[list[tuple[Path, Tensor | None, str]]],
+    writer: CaptionWriter,
+    device: torch.device,
+    total: int,
+) -> Iterator[CaptionedFile]:
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("Captioning", total=total)
+        for loaded in loader:
+            read = [(file, pixels) for file, pixels, _ in loaded if pixels is not None]
+            written: dict[Path, list[WrittenCaption]] = {}
+            if read:
+                images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
+                captions = writer.write(images, [str(file) for file, _ in read])
+                written = dict(zip((file for file, _ in read), captions, strict=True))
+            for file, _, error in loaded:
+                yield CaptionedFile(file, written.get(file, []), error)
+            progress.advance(bar, len(loaded))
 
 
 def find_pictures(images: str) -> list[Path]:
@@ -92,11 +118,11 @@ def find_pictures(images: str) -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file()]
+        found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
     else:
         found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
     if not found:
-        kinds = ", ".join(suffix[1:] for suffix in SUFFIXES)
+        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
         what = (
             "holds no picture"
             if path.is_dir()
@@ -132,7 +158,11 @@ def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:
         writer = csv.DictWriter(file, ["file", "caption", "error"])
         writer.writeheader()
         writer.writerows(rows)
-    lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    lines = (
+        json.dumps({**row, "captions": [asdict(written) for written in result.captions]}, ensure_ascii=False)
+        + "\n"
+        for row, result in zip(rows, results, strict=True)
+    )
     (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
     failed = [result for result in results if result.error]
     write_gallery(

@@ -29,7 +29,7 @@ from efficap.evaluation.scores import (
 )
 from efficap.models.pretrained import preprocessing
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.module import write_captions
+from efficap.training.writer import CaptionWriter
 
 SHEET = 12  # pictures of sheet.png
 
@@ -54,12 +54,11 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     out = run.path / "eval" / split
     predictions: dict[str, str] = {}
     references: dict[str, list[str]] = {}
+    writer = CaptionWriter(captioner, tokenizer, decoding)
     batches = data.evaluation_dataloader(split)
     with torch.inference_mode():
         for batch in track(batches, f"Captioning {split}", console=Console(stderr=True), transient=True):
-            captions = write_captions(
-                captioner, tokenizer, decoding, batch.images.to(device), batch.image_ids
-            )
+            captions = (best.text for best, *_ in writer.write(batch.images.to(device), batch.image_ids))
             assert batch.references is not None
             predictions |= dict(zip(batch.image_ids, captions, strict=True))
             references |= dict(zip(batch.image_ids, batch.references, strict=True))

@@ -23,6 +23,7 @@ from efficap.models.captioner import Captioner
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import caption_loss
 from efficap.training.optim import build_adamw
+from efficap.training.writer import CaptionWriter
 
 VALIDATION_METRICS = ("BLEU", "CIDEr")  # METEOR alone takes longer to start than these take
 
@@ -49,8 +50,7 @@ class CaptionModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.captioner = captioner
-        self.tokenizer = tokenizer
-        self.decoding = decoding
+        self.writer = CaptionWriter(captioner, tokenizer, decoding)
         self.optimizer_settings = dict(optimizer)
         self.label_smoothing = label_smoothing
         self.predictions: dict[str, str] = {}
@@ -67,10 +67,9 @@ class CaptionModule(pl.LightningModule):
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
         loss, count = self._loss(batch, label_smoothing=0.0)
         self.log("val/loss", loss, prog_bar=True, batch_size=int(count), sync_dist=True)
-        captions = write_captions(
-            self.captioner, self.tokenizer, self.decoding, batch.images, batch.image_ids
-        )
+        written = self.writer.write(batch.images, batch.image_ids)
         assert batch.references is not None
+        captions = (best.text for best, *_ in written)
         self.predictions |= dict(zip(batch.image_ids, captions, strict=True))
         self.references |= dict(zip(batch.image_ids, batch.references, strict=True))
 
@@ -123,29 +122,6 @@ class CaptionModule(pl.LightningModule):
                 if remaining is not None:
                     shares.append(elapsed / (elapsed + remaining))
         return max(shares)
-
-
-@torch.no_grad()
-def write_captions(
-    captioner: Captioner,
-    tokenizer: CaptionTokenizer,
-    decoding: Decoding,
-    images: Tensor,
-    image_ids: list[str],
-) -> list[str]:
-    """A caption for each of the (B, 3, H, W) uint8 pictures."""
-    decoded = decoding.decode(
-        captioner.start(images, decoding.max_tokens),
-        image_ids,
-        bos_id=tokenizer.bos_id,
-        eos_id=tokenizer.eos_id,
-        device=images.device,
-        vocabulary=tokenizer,
-    )
-    return [
-        tokenizer.decode(ids[:length])
-        for ids, length in zip(decoded.tokens[:, 0].tolist(), decoded.lengths[:, 0].tolist(), strict=True)
-    ]
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

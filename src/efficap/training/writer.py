@@ -1,0 +1,104 @@
+"""Captions of pictures: model, decoding and tokenizer joined, in as large a batch as memory allows.
+
+B images, n captions of each.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from efficap.decoding import Decoding
+from efficap.models.captioner import Captioner
+from efficap.tokenizer import CaptionTokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenCaption:
+    """A caption and how the model came to it.
+
+    Attributes:
+        text: special tokens left out.
+        score: as the decoding defines it, in nats.
+        ended: whether EOS was reached; otherwise the caption was cut at max_tokens.
+        tokens: its ids, BOS and EOS included.
+        token_log_probs: of each of them, in nats; 0 for BOS and a prefix.
+    """
+
+    text: str
+    score: float
+    ended: bool
+    tokens: list[int]
+    token_log_probs: list[float]
+
+
+class CaptionWriter:
+    """Writes captions; where memory runs out it halves the batch, says so, and goes on with the smaller one.
+
+    Attributes:
+        batch_size: the largest number of pictures at a time; None until memory has run out.
+    """
+
+    def __init__(self, captioner: Captioner, tokenizer: CaptionTokenizer, decoding: Decoding) -> None:
+        self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
+        self.batch_size: int | None = None
+
+    @torch.no_grad()
+    def write(self, images: Tensor, image_ids: list[str]) -> list[list[WrittenCaption]]:
+        """The n captions of each of the (B, 3, H, W) uint8 pictures, the best first.
+
+        Raises:
+            torch.OutOfMemoryError, RuntimeError: there is no room for a single picture.
+        """
+        written: list[list[WrittenCaption]] = []
+        while len(written) < len(images):
+            size = min(self.batch_size or len(images), len(images) - len(written))
+            part = slice(len(written), len(written) + size)
+            try:
+                written += self._write(images[part], image_ids[part])
+            except RuntimeError as error:
+                if size == 1 or not _is_out_of_memory(error):
+                    raise
+                self.batch_size = size // 2
+            else:
+                continue
+            if images.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(
+                f"out of memory with {size} pictures at a time; going on with {self.batch_size}",
+                file=sys.stderr,
+            )
+        return written
+
+    def _write(self, images: Tensor, image_ids: list[str]) -> list[list[WrittenCaption]]:
+        decoded = self.decoding.decode(
+            self.captioner.start(images, self.decoding.max_tokens),
+            image_ids,
+            bos_id=self.tokenizer.bos_id,
+            eos_id=self.tokenizer.eos_id,
+            device=images.device,
+            vocabulary=self.tokenizer,
+        )
+        rows = zip(
+            decoded.tokens.tolist(),
+            decoded.token_log_probs.tolist(),
+            decoded.lengths.tolist(),
+            decoded.scores.tolist(),
+            decoded.ended.tolist(),
+            strict=True,
+        )
+        return [
+            [
+                WrittenCaption(self.tokenizer.decode(ids[:length]), score, end, ids[:length], gains[:length])
+                for ids, gains, length, score, end in zip(*of_image, strict=True)
+            ]
+            for of_image in rows
+        ]
+
+
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch says so by the type, on a CPU by the words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

@@ -1,0 +1,140 @@
+"""Captioning shards: killed and taken up again, shared by processes, broken ones among them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from conftest import compose, tiny_overrides, write_colour_table
+
+from efficap.commands.caption import caption
+from efficap.commands.train import train
+from efficap.data.shards.writer import ShardSettings, write_shards
+from efficap.data.table import CaptionTable, read_table
+from efficap.errors import InputError
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def run_and_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A trained run, and 20 shards of 6 pictures."""
+    folder = write_colour_table(tmp_path_factory.mktemp("colours"))
+    run = train(compose("train", *tiny_overrides(folder, folder / "run"), "trainer.max_epochs=1"))
+    columns = {"image_column": "file_name", "caption_column": "caption", "split_column": "split"}
+    tables, _ = read_table(folder / "captions.csv", folder / "images", **columns)
+    train_split = tables["train"]
+    names = [f"{copy}_{name}" for copy in range(15) for name in train_split.image_ids]
+    table = CaptionTable.of("many", names, train_split.files * 15, train_split.references * 15)
+    write_shards(table, folder / "shards", ShardSettings(6, None, 10**6), workers=1)
+    return run, folder / "shards"
+
+
+def command(run: Path, shards: Path, out: Path) -> list[str]:
+    settings = [
+        f"run={run}",
+        f"images={shards}",
+        f"out={out}",
+        "batch_size=4",
+        "num_workers=0",
+        "accelerator=cpu",
+    ]
+    return [sys.executable, str(ROOT / "caption.py"), *settings, "decoding=beam", "decoding.num_beams=2"]
+
+
+def start(run: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command(run, shards, out),
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        env=environment,
+    )
+
+
+def lines(out: Path) -> list[str]:
+    return sorted(line for file in out.glob("*.jsonl") for line in file.read_text().splitlines())
+
+
+def test_a_run_killed_three_times_gives_what_an_undisturbed_one_gives(
+    run_and_shards: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, shards = run_and_shards
+    whole = start(run, shards, tmp_path / "whole")
+    assert whole.wait(120) == 0
+    killed = tmp_path / "killed"
+    for done in (3, 8, 14):
+        process = start(run, shards, killed)
+        deadline = time.monotonic() + 60
+        while len(list(killed.glob("*.parquet"))) < done and time.monotonic() < deadline:
+            time.sleep(0.005)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait(30) == -signal.SIGKILL, "it was still at work"
+    before = {file: file.stat().st_mtime_ns for file in killed.glob("*.parquet")}
+    assert 14 <= len(before) < 20
+    last = start(run, shards, killed)
+    assert last.wait(120) == 0
+    assert lines(killed) == lines(tmp_path / "whole")
+    assert len(lines(killed)) == 120
+    assert all(file.stat().st_mtime_ns == mtime for file, mtime in before.items()), "no shard was done twice"
+
+
+def test_processes_share_the_shards(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
+    run, shards = run_and_shards
+    processes = [start(run, shards, tmp_path) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    counts = [int(found[1]) for error in errors if (found := re.search(r"(\d+) pictures captioned", error))]
+    assert sum(counts) == 120, "each picture once, by one of the two"
+    assert len(lines(tmp_path)) == 120
+
+
+def test_parquet_and_lines_say_the_same(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
+    run, shards = run_and_shards
+    settings = [f"run={run}", f"images={shards}/00000.tar", f"out={tmp_path}", "num_workers=0"]
+    caption(compose("caption", *settings, "decoding=nucleus", "decoding.num_return_sequences=3"))
+    table = pd.read_parquet(tmp_path / "00000.parquet")
+    rows = [json.loads(line) for line in (tmp_path / "00000.jsonl").read_text().splitlines()]
+    assert table["key"].tolist() == [row["key"] for row in rows]
+    assert table["caption"].tolist() == [row["caption"] for row in rows]
+    assert [len(captions) for captions in table["captions"]] == [3] * 6
+    first = table["captions"][0][0]
+    assert first["text"] == table["caption"][0]
+    assert first["score"] == pytest.approx(sum(first["token_log_probs"]), abs=1e-3)
+
+
+def test_broken_samples_and_shards_get_a_reason(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
+    run, shards = run_and_shards
+    with tarfile.open(shards / "00000.tar") as source, tarfile.open(tmp_path / "broken.tar", "w") as broken:
+        for number, member in enumerate(member for member in source if member.name.endswith(".jpg")):
+            member.size = 50 if number == 2 else member.size
+            broken.addfile(member, source.extractfile(member.name))
+    (tmp_path / "empty.tar").write_bytes(b"")
+    out = tmp_path / "out"
+    caption(compose("caption", f"run={run}", f"images={tmp_path}", f"out={out}", "num_workers=0"))
+    rows = [json.loads(line) for line in lines(out)]
+    reasons = [row["error"] for row in rows if row["error"]]
+    assert len(rows) == 7
+    assert sorted(reason.partition(":")[0] for reason in reasons) == ["empty tar", "truncated"]
+    assert all(bool(row["caption"]) != bool(row["error"]) for row in rows)
+
+
+def test_results_of_another_decoding_are_not_mixed(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
+    run, shards = run_and_shards
+    settings = [f"run={run}", f"images={shards}/00000.tar", f"out={tmp_path}", "num_workers=0"]
+    caption(compose("caption", *settings))
+    with pytest.raises(
+        InputError, match=r"holds captions of another decoding: .*; name another folder with out=DIR"
+    ):
+        caption(compose("caption", *settings, "decoding=beam"))
