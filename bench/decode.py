@@ -1,0 +1,323 @@
+"""Beam search: efficap against transformers' `generate` with the same weights, in one run, in pairs.
+
+    python bench/decode.py [--rounds 5] [--grow] [--short]
+
+`small`'s sizes at 224 pixels with random weights: 8 pictures, 5 beams, 20 tokens; and once more with captions that
+end after 8 to 16 tokens. `--grow` shows how both grow with beams, pictures, length and model size. The floor is the
+encoder, the bridge and the bare matrix products of the same decoding, measured in the same run. The last line is one
+JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
+from transformers.utils import logging
+
+from efficap.decoding import Beam
+from efficap.models.captioner import Captioner
+
+MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
+    "small": ("tf_efficientnetv2_s", 2, {"n_layer": 12, "n_head": 12, "n_embd": 768}),
+    "medium": ("tf_efficientnetv2_m", 8, {"n_layer": 24, "n_head": 16, "n_embd": 1024}),
+}
+VOCABULARY = 50_257
+END = VOCABULARY - 1
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is decoded.
+
+    Attributes:
+        tokens: of every caption, BOS counted; with random weights none ends by itself.
+        ends: captions end after 8 to 16 tokens, as people's do.
+    """
+
+    model: str = "small"
+    pictures: int = 8
+    beams: int = 5
+    tokens: int = 20
+    dtype: str = "float32"
+    ends: bool = False
+
+    def end_of(self, picture: int) -> int:
+        """The length at which EOS becomes certain."""
+        return 8 + picture * 5 % 9 if self.ends else self.tokens + 1
+
+
+def build(case: Case) -> Captioner:
+    """A captioner of random weights whose cross-attention and positions matter to what it says."""
+    torch.manual_seed(0)
+    name, n_blocks, layers = MODELS[case.model]
+    encoder = {"name": name, "frozen": False, "drop_path_rate": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3}
+    captioner = Captioner(
+        image_size=224,
+        vocab_size=VOCABULARY,
+        encoder=encoder,
+        bridge={"n_blocks": n_blocks, "n_heads": layers["n_head"], "dropout": 0.0},
+        decoder={"n_positions": 1024, "dropout": 0.0, **layers},
+    )
+    for block in captioner.decoder.h:
+        nn.init.normal_(block.crossattention.c_proj.weight, std=0.1)  # type: ignore[union-attr]
+    nn.init.normal_(captioner.decoder.wpe.weight, std=0.3)
+    return captioner.eval().to(getattr(torch, case.dtype))
+
+
+class Plain(nn.Module):
+    """What a user would write: the same encoder and bridge, and transformers' GPT-2 with its `generate`."""
+
+    def __init__(self, captioner: Captioner, layers: dict[str, int]) -> None:
+        super().__init__()
+        self.captioner = captioner
+        config = GPT2Config(
+            vocab_size=VOCABULARY,
+            add_cross_attention=True,
+            bos_token_id=END,
+            eos_token_id=END,
+            pad_token_id=END,
+            **layers,
+        )
+        dtype = next(captioner.parameters()).dtype
+        self.gpt2 = GPT2LMHeadModel(config).eval().to(dtype)
+        theirs = self.gpt2.transformer.state_dict()
+        for name, weight in captioner.decoder.state_dict().items():
+            is_conv1d = weight.ndim == 2 and name.startswith("h.")  # transformers stores these transposed
+            theirs[name].copy_(weight.T if is_conv1d else weight)
+
+    def forward(self, images: Tensor, case: Case) -> Tensor:
+        """The (B, T) best captions."""
+        memory = self.captioner.encode(images)
+        prompt = torch.full((len(images), 1), END)
+
+        def ends(ids: Tensor, scores: Tensor) -> Tensor:
+            for row in range(len(ids)):
+                if ids.shape[1] >= case.end_of(row // case.beams):
+                    scores[row, END] = 0.0
+            return scores
+
+        tokens: Tensor = self.gpt2.generate(
+            prompt,
+            attention_mask=torch.ones_like(prompt),
+            encoder_hidden_states=memory,
+            num_beams=case.beams,
+            max_length=case.tokens,
+            length_penalty=1.0,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([ends] if case.ends else []),
+        )
+        return tokens
+
+
+def ours(captioner: Captioner, images: Tensor, case: Case) -> Tensor:
+    """The (B, T) best captions."""
+    beam = Beam(
+        max_tokens=case.tokens,
+        min_tokens=0,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        banned=[],
+        prefix="",
+        num_beams=case.beams,
+        length_penalty=1.0,
+        early_stopping=False,
+        num_return_sequences=1,
+        num_beam_groups=1,
+        diversity_penalty=0.0,
+        **({"required": []} if "required" in Beam.__dataclass_fields__ else {}),
+    )
+    step = captioner.start(images, case.tokens)
+    places, length = torch.arange(len(images)), 0
+
+    def ending(ids: Tensor, parents: Tensor | None, kept: Tensor | None) -> Tensor:
+        nonlocal places, length
+        places, length = places if kept is None else places[kept], length + 1
+        logits = step(ids, parents, kept)
+        if case.ends:
+            due = torch.tensor([length >= case.end_of(int(place)) for place in places])
+            rows = due.repeat_interleave(len(ids) // len(places))
+            logits[rows, END] = logits[rows].float().logsumexp(-1).to(logits.dtype) + 20
+        return logits
+
+    names = [str(picture) for picture in range(len(images))]
+    return beam.decode(ending, names, bos_id=END, eos_id=END, device="cpu").tokens[:, 0]
+
+
+class Floor:
+    """The encoder, the bridge, and the matrix products that this decoding cannot do without."""
+
+    def __init__(self, captioner: Captioner, case: Case) -> None:
+        self.captioner = captioner
+        decoder = captioner.decoder
+        layers = [module for module in decoder.h.modules() if isinstance(module, nn.Linear)]
+        self.memory = [block.crossattention.c_attn for block in decoder.h]  # type: ignore[union-attr]
+        skipped = {id(layer) for layer in self.memory}
+        self.linears = [layer for layer in layers if id(layer) not in skipped]
+        dtype = decoder.wte.weight.dtype
+        alive = [
+            sum(case.end_of(picture) >= length for picture in range(case.pictures))
+            for length in range(1, case.tokens)
+        ]
+        self.rows = [count * (1 if step == 0 else case.beams) for step, count in enumerate(alive) if count]
+        self.inputs = {
+            (rows, layer.in_features): torch.randn(rows, layer.in_features, dtype=dtype)
+            for rows in set(self.rows)
+            for layer in self.linears
+        }
+
+    def __call__(self, images: Tensor) -> None:
+        memory = self.captioner.encode(images)
+        head = self.captioner.decoder.wte.weight
+        for layer in self.memory:
+            layer(memory)
+        for rows in self.rows:
+            for layer in self.linears:
+                layer(self.inputs[rows, layer.in_features])
+            F.linear(self.inputs[rows, head.shape[1]], head)
+
+
+def seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(case: Case, rounds: int) -> dict[str, float | bool]:
+    """Medians over rounds in which the three take turns: seconds, ratios, and whether the tokens agree."""
+    captioner = build(case)
+    plain, floor = Plain(captioner, MODELS[case.model][2]), Floor(captioner, case)
+    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
+    runs = {
+        "ours": lambda: ours(captioner, images, case),
+        "generate": lambda: plain(images, case),
+        "floor": lambda: floor(images),
+    }
+    with torch.inference_mode():
+        mine, theirs = runs["ours"](), runs["generate"]()  # and everything is warm
+        length = min(mine.shape[1], theirs.shape[1])
+        times: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                times[name].append(seconds(run))
+    ratios = [theirs / mine for mine, theirs in zip(times["ours"], times["generate"], strict=True)]
+    floors = [mine / bare for mine, bare in zip(times["ours"], times["floor"], strict=True)]
+    return {
+        **{f"{name}_per_second": case.pictures / statistics.median(t) for name, t in times.items()},
+        "vs_generate": statistics.median(ratios),
+        "vs_floor": statistics.median(floors),
+        "tokens_equal": bool((mine[:, :length] == theirs[:, :length]).all()),
+    }
+
+
+def peak_memory(way: str, case: Case) -> float:
+    """MiB that decoding adds to a process that has the weights and has encoded once; by Linux's high-water mark."""
+    captioner = build(case)
+    plain = Plain(captioner, MODELS[case.model][2]) if way == "generate" else None
+    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
+    with torch.inference_mode():
+        captioner.encode(images)
+        before = _status("VmRSS")
+        with open("/proc/self/clear_refs", "w") as file:
+            file.write("5")  # forget the high-water mark
+        if plain is None:
+            ours(captioner, images, case)
+        else:
+            plain(images, case)
+        return _status("VmHWM") - before
+
+
+def _status(key: str) -> float:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
+
+
+def memory_of(way: str, case: Case) -> float:
+    """`peak_memory` in a process of its own."""
+    command = [sys.executable, __file__, "--memory-of", way, "--dtype", case.dtype]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return float(result.stdout.splitlines()[-1])
+
+
+GROW = [
+    *(Case(dtype="bfloat16", beams=beams) for beams in (1, 2, 5, 10)),
+    *(Case(dtype="bfloat16", pictures=pictures) for pictures in (1, 8, 32, 64)),
+    *(Case(dtype="bfloat16", tokens=tokens) for tokens in (10, 20, 40)),
+    Case(dtype="bfloat16", model="medium"),
+]
+
+
+def show(case: Case, figures: dict[str, float | bool]) -> None:
+    print(
+        f"{case.model:<7}{case.dtype:<9}{case.pictures:>4} pictures{case.beams:>3} beams{case.tokens:>3} tokens"
+        f"{' ending' if case.ends else '':<7}  ours {figures['ours_per_second']:6.2f}/s  "
+        f"generate {figures['generate_per_second']:6.2f}/s  floor {figures['floor_per_second']:6.2f}/s  "
+        f"ratio {figures['vs_generate']:.2f}  floor x {figures['vs_floor']:.2f}  "
+        f"tokens {'equal' if figures['tokens_equal'] else 'differ'}",
+        flush=True,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
+    parser.add_argument("--grow", action="store_true", help="also other sizes")
+    parser.add_argument("--short", action="store_true", help="two rounds, no memory")
+    parser.add_argument("--memory-of", choices=("ours", "generate"), help=argparse.SUPPRESS)
+    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    logging.set_verbosity_error()
+    if options.memory_of:
+        print(peak_memory(options.memory_of, Case(dtype=options.dtype)))
+        return
+    rounds = 2 if options.short else options.rounds
+    cases = {
+        "fp32": Case(),
+        "bf16": Case(dtype="bfloat16"),
+        "fp32_ending": Case(ends=True),
+        "bf16_ending": Case(dtype="bfloat16", ends=True),
+    }
+    results: dict[str, dict[str, float | bool]] = {}
+    for name, case in cases.items():
+        results[name] = measure(case, rounds)
+        show(case, results[name])
+    line: dict[str, Any] = {
+        "vs_generate_fp32": results["fp32"]["vs_generate"],
+        "vs_generate_bf16": results["bf16"]["vs_generate"],
+        "vs_floor_bf16": results["bf16"]["vs_floor"],
+        "vs_generate_bf16_ending": results["bf16_ending"]["vs_generate"],
+        "tokens_equal": results["fp32"]["tokens_equal"] and results["fp32_ending"]["tokens_equal"],
+    }
+    if not options.short:
+        for dtype in ("float32", "bfloat16"):
+            mine, theirs = (memory_of(way, replace(Case(), dtype=dtype)) for way in ("ours", "generate"))
+            print(f"memory added by decoding, {dtype}: ours {mine:.0f} MiB, generate {theirs:.0f} MiB")
+            line |= {f"peak_mib_{dtype}": mine, f"generate_peak_mib_{dtype}": theirs}
+    if options.grow:
+        for case in GROW:
+            show(case, measure(case, rounds))
+    print(
+        json.dumps(
+            {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
