@@ -227,3 +227,35 @@ def test_a_model_that_cannot_be_built_is_refused(changes: dict[str, object], mes
 def test_more_tokens_than_the_decoder_has_positions_are_refused(captioner: Captioner) -> None:
     with pytest.raises(InputError, match=r"decoding.max_tokens=25 is more than .*n_positions=24"):
         captioner.start(random_images(1), max_tokens=25)
+
+
+def test_cross_attention_weights_are_those_that_the_forward_pass_uses(captioner: Captioner) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    tokens = torch.randint(0, 50, (2, 3, 5))
+    weights = captioner.cross_attention(images, tokens)  # (B, K, L, H, T, N)
+    layers, heads = len(captioner.decoder.h), captioner.decoder.h[0].attn.n_head
+    memory = captioner.encode(images)
+    assert weights.shape == (2, 3, layers, heads, 5, memory.shape[1])
+    torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]))
+    config = GPT2Config(
+        vocab_size=captioner.decoder.wte.num_embeddings,
+        n_positions=captioner.decoder.wpe.num_embeddings,
+        n_embd=memory.shape[2],
+        n_layer=layers,
+        n_head=heads,
+        add_cross_attention=True,
+        attn_implementation="eager",
+    )
+    theirs = GPT2LMHeadModel(config).eval()
+    state = theirs.transformer.state_dict()
+    for name, weight in captioner.decoder.state_dict().items():
+        state[name].copy_(weight.T if weight.ndim == 2 and name.startswith("h.") else weight)
+    output = theirs(
+        tokens.flatten(0, 1),
+        encoder_hidden_states=memory.repeat_interleave(3, dim=0),
+        output_attentions=True,
+    )
+    expected = torch.stack(output.cross_attentions, dim=1)  # (R, L, H, T, N)
+    torch.testing.assert_close(weights.flatten(0, 1), expected, atol=1e-5, rtol=1e-4)

@@ -6,7 +6,7 @@ import csv
 import glob
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -159,7 +159,7 @@ def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:
         writer.writeheader()
         writer.writerows(rows)
     lines = (
-        json.dumps({**row, "captions": [asdict(written) for written in result.captions]}, ensure_ascii=False)
+        json.dumps({**row, "captions": [written.as_row() for written in result.captions]}, ensure_ascii=False)
         + "\n"
         for row, result in zip(rows, results, strict=True)
     )

@@ -11,7 +11,6 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +175,7 @@ def _row(key: str, captions: list[WrittenCaption], error: str) -> dict[str, Any]
         "key": key,
         "caption": best,
         "error": error,
-        "captions": [asdict(written) for written in captions],
+        "captions": [written.as_row() for written in captions],
     }
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from efficap.errors import InputError
@@ -55,6 +54,16 @@ class Captioner(nn.Module):
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The (B, K, T, V) logits of the token after each; a loss that needs fewer starts from `hidden_states`."""
         return self.decoder.logits(self.hidden_states(images, tokens))
+
+    def cross_attention(self, images: Tensor, tokens: Tensor) -> Tensor:
+        """Where the decoder looks as it reads captions (B, K, T) of (B, 3, H, W) pictures.
+
+        Returns:
+            (B, K, L, H, T, N) weights of each layer and head; ``[…, t, :]`` are those of the step that writes token
+            t + 1.
+        """
+        memory = self.decoder.project_memory(self.encode(images))
+        return self.decoder.cross_attention(tokens.flatten(0, 1), memory).unflatten(0, tokens.shape[:2])
 
     def start(self, images: Tensor, max_tokens: int) -> DecodingState:
         """Encode (B, 3, H, W) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.

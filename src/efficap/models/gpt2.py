@@ -40,7 +40,9 @@ class DecodingCache:
         self._used = 0  # slots
         self._keys = memory[0][0].new_empty(len(memory), images, heads, max_tokens, d)  # (L, B, H, S, d)
         self._values = torch.empty_like(self._keys)
-        self._visible = torch.zeros(images, 1, max_tokens, dtype=torch.bool, device=self._keys.device)  # (B, G, S)
+        self._visible = torch.zeros(
+            images, 1, max_tokens, dtype=torch.bool, device=self._keys.device
+        )  # (B, G, S)
 
     def follow(self, parents: Tensor, images: Tensor | None) -> None:
         """Row r now continues what was row parents[r].
@@ -65,7 +67,9 @@ class DecodingCache:
     def _grow(self, slots: int) -> None:
         more = slots - self._keys.shape[3]
         if more > 0:
-            self._keys, self._values = (F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values))
+            self._keys, self._values = (
+                F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values)
+            )
             self._visible = F.pad(self._visible, (0, more))
 
     def advance(self, tokens: int) -> None:
@@ -77,7 +81,9 @@ class DecodingCache:
             self._visible[:, :, start : self._used] = True
             self.mask = None
             return
-        self._visible[:, :, start : self._used] = torch.eye(self.rows, dtype=torch.bool, device=self._visible.device)
+        self._visible[:, :, start : self._used] = torch.eye(
+            self.rows, dtype=torch.bool, device=self._visible.device
+        )
         unseen = ~self._visible[:, None, :, : self._used]  # (B, 1, G, slots)
         self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
@@ -154,6 +160,19 @@ class GPT2(nn.Module):
             x = block(x, key_value, cache)
         return self.ln_f(x)
 
+    def cross_attention(self, tokens: Tensor, memory: list[KeyValue]) -> Tensor:
+        """How much each of (R, T) tokens looks at each latent position, as it is read: (R, L, H, T, N), sums of 1."""
+        x = self.wte(tokens) + self.wpe.weight[: tokens.shape[1]]  # (R, T, D)
+        weights = []
+        for block, key_value in zip(self.h, memory, strict=True):
+            assert isinstance(block, GPT2Block)
+            x = x + block.attn(block.ln_1(x), None)
+            looking = block.ln_cross_attn(x)
+            weights.append(block.crossattention.weights(looking, key_value[0]))
+            x = x + block.crossattention(looking, key_value)
+            x = x + block.mlp(block.ln_2(x))
+        return torch.stack(weights, dim=1)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (…, D) hidden states to (…, V) logits by the tied embedding."""
         return F.linear(hidden, self.wte.weight)
@@ -217,6 +236,13 @@ class CrossAttention(nn.Module):
         """(B, N, D) -> keys and values, (B, H, N, d) each."""
         k, v = self.c_attn(memory).unflatten(-1, (2, self.n_head, -1)).permute(2, 0, 3, 1, 4)
         return k, v
+
+    def weights(self, x: Tensor, k: Tensor) -> Tensor:
+        """What `forward` weighs the values by: (R, H, T, N)."""
+        images, heads, _, d = k.shape
+        q = self.q_attn(x).view(images, -1, x.shape[1], heads, d).transpose(2, 3)  # (B, G, H, T, d)
+        scores = q @ k.transpose(-1, -2)[:, None] / math.sqrt(d)  # (B, G, H, T, N)
+        return scores.softmax(dim=-1).flatten(0, 1)
 
     def forward(self, x: Tensor, memory: KeyValue) -> Tensor:
         k, v = memory  # (B, H, N, d)

@@ -1,12 +1,13 @@
 """Captions of pictures: model, decoding and tokenizer joined, in as large a batch as memory allows.
 
-B images, n captions of each.
+B images, n captions of each, T tokens, N latent positions.
 """
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ class WrittenCaption:
         ended: whether EOS was reached; otherwise the caption was cut at max_tokens.
         tokens: its ids, BOS and EOS included.
         token_log_probs: of each of them, in nats; 0 for BOS and a prefix.
+        attention: (T - 1, N) how much the step that wrote each token after BOS looked at each latent position, the mean
+            over layers and heads; None unless asked for.
     """
 
     text: str
@@ -33,6 +36,17 @@ class WrittenCaption:
     ended: bool
     tokens: list[int]
     token_log_probs: list[float]
+    attention: Tensor | None = None
+
+    def as_row(self) -> dict[str, Any]:
+        """All but the attention, for a file."""
+        return {
+            "text": self.text,
+            "score": self.score,
+            "ended": self.ended,
+            "tokens": self.tokens,
+            "token_log_probs": self.token_log_probs,
+        }
 
 
 class CaptionWriter:
@@ -47,8 +61,14 @@ class CaptionWriter:
         self.batch_size: int | None = None
 
     @torch.no_grad()
-    def write(self, images: Tensor, image_ids: list[str]) -> list[list[WrittenCaption]]:
+    def write(
+        self, images: Tensor, image_ids: list[str], *, attention: bool = False
+    ) -> list[list[WrittenCaption]]:
         """The n captions of each of the (B, 3, H, W) uint8 pictures, the best first.
+
+        Args:
+            image_ids: sampling draws by them.
+            attention: also where each token looked; the captions are read once more for it.
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: there is no room for a single picture.
@@ -58,7 +78,7 @@ class CaptionWriter:
             size = min(self.batch_size or len(images), len(images) - len(written))
             part = slice(len(written), len(written) + size)
             try:
-                written += self._write(images[part], image_ids[part])
+                written += self._write(images[part], image_ids[part], attention)
             except RuntimeError as error:
                 if size == 1 or not _is_out_of_memory(error):
                     raise
@@ -73,7 +93,7 @@ class CaptionWriter:
             )
         return written
 
-    def _write(self, images: Tensor, image_ids: list[str]) -> list[list[WrittenCaption]]:
+    def _write(self, images: Tensor, image_ids: list[str], attention: bool) -> list[list[WrittenCaption]]:
         decoded = self.decoding.decode(
             self.captioner.start(images, self.decoding.max_tokens),
             image_ids,
@@ -82,18 +102,32 @@ class CaptionWriter:
             device=images.device,
             vocabulary=self.tokenizer,
         )
+        looks: list[list[Tensor | None]] = [[None] * decoded.tokens.shape[1]] * len(images)
+        if attention:
+            weights = self.captioner.cross_attention(
+                images, decoded.tokens[..., :-1]
+            )  # (B, n, L, H, T - 1, N)
+            looks = [list(of_image) for of_image in weights.float().mean(dim=(2, 3)).cpu()]
         rows = zip(
             decoded.tokens.tolist(),
             decoded.token_log_probs.tolist(),
             decoded.lengths.tolist(),
             decoded.scores.tolist(),
             decoded.ended.tolist(),
+            looks,
             strict=True,
         )
         return [
             [
-                WrittenCaption(self.tokenizer.decode(ids[:length]), score, end, ids[:length], gains[:length])
-                for ids, gains, length, score, end in zip(*of_image, strict=True)
+                WrittenCaption(
+                    self.tokenizer.decode(ids[:length]),
+                    score,
+                    end,
+                    ids[:length],
+                    gains[:length],
+                    look[: length - 1] if look is not None else None,
+                )
+                for ids, gains, length, score, end, look in zip(*of_image, strict=True)
             ]
             for of_image in rows
         ]
