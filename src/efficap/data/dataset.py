@@ -5,6 +5,7 @@ B images, K captions of each, T tokens.
 
 from __future__ import annotations
 
+import itertools
 import os
 import tempfile
 import weakref
@@ -24,6 +25,8 @@ from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.tokenizer import CaptionTokenizer
+
+ENCODED_AT_ONCE = 10_000  # captions; of COCO's 567 thousand at once, a gigabyte was never given back
 
 
 class SharedRows:
@@ -77,9 +80,14 @@ def _remove(file: str, owner: int) -> None:
 def encode_table(table: CaptionTable, tokenizer: CaptionTokenizer, max_tokens: int) -> tuple[SharedRows, int]:
     """The table with the ids of its captions in a column ``tokens``, and the number of captions that were cut."""
     references = table.rows["references"].combine_chunks()
-    encoded, cut = tokenizer.encode(references.flatten().to_pylist(), max_tokens)
-    offsets = np.cumsum([0, *map(len, encoded)])
-    flat = np.fromiter((i for ids in encoded for i in ids), dtype=np.int32, count=int(offsets[-1]))
+    texts, cut = references.flatten(), 0
+    lengths, ids = [np.zeros(1, np.int64)], [np.empty(0, np.int32)]
+    for start in range(0, len(texts), ENCODED_AT_ONCE):
+        encoded, too_long = tokenizer.encode(texts.slice(start, ENCODED_AT_ONCE).to_pylist(), max_tokens)
+        lengths.append(np.fromiter(map(len, encoded), np.int64, len(encoded)))
+        ids.append(np.fromiter(itertools.chain.from_iterable(encoded), np.int32))
+        cut += too_long
+    offsets, flat = np.cumsum(np.concatenate(lengths)), np.concatenate(ids)
     captions = pa.LargeListArray.from_arrays(pa.array(offsets, pa.int64()), pa.array(flat))
     tokens = pa.LargeListArray.from_arrays(references.offsets, captions)
     return SharedRows(table.rows.append_column("tokens", tokens)), cut

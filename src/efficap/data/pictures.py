@@ -19,6 +19,8 @@ MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and bef
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `Picture` holds the limit
 
 _ORIENTATION = 0x0112  # EXIF tag
+# How EXIF says it by the standard, as 16 bits; least and most significant byte first.
+_ENTRIES = (b"\x12\x01\x03\x00\x01\x00\x00\x00", b"\x01\x12\x00\x03\x00\x00\x00\x01")
 _REDUCTIONS = (8, 4, 2)
 
 
@@ -46,9 +48,11 @@ class Picture:
         width, height: as shown, in pixels.
         format: Pillow's name of it, such as ``JPEG``.
         orientation: of EXIF, 1 (upright) to 8.
+        plain: whether any decoder would turn it alike: it is upright, or its EXIF says what it is as the standard
+            wants it. Pillow also turns by XMP and by entries of other types.
 
     Raises:
-        PictureError: there is no such file, it is no picture, or it is too large.
+        PictureError: there is no such file, it is no picture, it is too large, or a PNG that is damaged.
     """
 
     def __init__(self, source: Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
@@ -70,7 +74,15 @@ class Picture:
                 "too large", f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
             )
         self.format = self._image.format or ""
+        if self.format == "PNG" and "exif" not in self._image.info:
+            try:
+                self._image.load()  # for EXIF at its end; `getexif` would do so too, and pass over any damage
+            except Exception as error:
+                raise _classified(error) from error
         self.orientation = self._read_orientation()
+        self.plain = self.orientation == 1 or any(
+            entry in self._image.info.get("exif", b"") for entry in _ENTRIES
+        )
         self.width, self.height = (height, width) if self.orientation >= 5 else (width, height)
 
     def pixels(self, at_least: int | None = None) -> Tensor:

@@ -96,6 +96,7 @@ class WebDatasetDataModule(CaptionDataModule):
             index_dir=self.index_dir,
             caption_field=self.caption_field,
             text=self.text,
+            most_open=2 * self.shuffle_shards,
         )
         self.bad_samples.check()
         if not len(reader):
@@ -151,6 +152,9 @@ class WebDatasetDataModule(CaptionDataModule):
         return lines
 
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        if split not in self._numbers:  # the training pictures, whose names may repeat
+            reader = self.reader(split)
+            self._numbers[split] = {reader.image_id(number): number for number in range(len(reader))}
         return Image.open(io.BytesIO(self.reader(split).read(self._numbers[split][image_id]).image))
 
     def train_dataloader(self) -> CheckedLoader:

@@ -20,10 +20,10 @@ from efficap.batch import CaptionBatch
 from efficap.data.dataset import collate_captions
 from efficap.data.loader import BadReport
 from efficap.data.order import BatchOrder, EvaluationOrder, Key, turn
-from efficap.data.pictures import Picture, PictureError
+from efficap.data.pictures import Picture
 from efficap.data.shards.dali import Cut, DaliDecoder, decodable
 from efficap.data.shards.reader import Sample, ShardReader
-from efficap.data.shards.tar import Broken
+from efficap.data.shards.tar import Broken, SampleError
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
@@ -169,7 +169,14 @@ class ShardBatches:
     def _encoded(self, sample: Sample) -> bytes:
         if sample.dali and sample.number not in self._through_pillow:
             return sample.image
-        return decodable(Picture(sample.image, self.max_pixels))
+        return self._by_pillow(sample)
+
+    def _by_pillow(self, sample: Sample) -> bytes:
+        picture = Picture(sample.image, self.max_pixels)
+        size, expected = (picture.width, picture.height), (sample.width, sample.height)
+        if size != expected:
+            raise SampleError("changed tar", f"a picture of {size} where its index has one of {expected}")
+        return decodable(picture)
 
     def _decoder(self, batches: Iterator[tuple[list[bytes], list[Cut]]]) -> DaliDecoder:
         return DaliDecoder(
@@ -187,8 +194,8 @@ class ShardBatches:
         rescued = _Read([], [], [], [], list(read.bad), read.cut, rescued=True)
         for sample, cut, captions in zip(read.samples, read.cuts, read.captions, strict=True):
             try:
-                rescued.encoded.append(decodable(Picture(sample.image, self.max_pixels)))
-            except PictureError as error:
+                rescued.encoded.append(self._by_pillow(sample))
+            except Broken as error:
                 detail = str(error).removeprefix(error.reason).removeprefix(": ")
                 rescued.bad.append((self.reader.name(sample.number), error.reason, detail))
                 continue

@@ -13,9 +13,9 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from efficap.data.pictures import Picture
-from efficap.data.shards.tar import Broken, Extent, SampleError, TarSample, read_contents
+from efficap.data.shards.tar import BLOCK, Broken, Extent, SampleError, TarSample, fingerprint, read_contents
 
-VERSION = 1
+VERSION = 2
 
 SCHEMA = pa.schema(
     [
@@ -24,7 +24,7 @@ SCHEMA = pa.schema(
         *(
             (f"{member}_{part}", pa.int64())
             for member in ("image", "text", "json")
-            for part in ("offset", "size")
+            for part in ("offset", "size", "header")  # the header block's fingerprint
         ),
         ("width", pa.int32()),  # as shown
         ("height", pa.int32()),
@@ -52,6 +52,7 @@ class IndexHeader:
 
     Attributes:
         size, mtime_ns, digest: of the tar; the digest is BLAKE2b's over all of it.
+        max_pixels: larger pictures were left out.
         good: samples in the index.
         bad: number of samples left out, by reason.
         first_bad: one of them, to be named.
@@ -62,6 +63,7 @@ class IndexHeader:
     size: int
     mtime_ns: int
     digest: str
+    max_pixels: int
     good: int
     bad: dict[str, int] = field(default_factory=dict)
     first_bad: tuple[str, str, str] | None = None
@@ -107,6 +109,7 @@ def examine(tar: Path, *, max_pixels: int, on_sample: OnSample | None = None) ->
         stat.st_size,
         stat.st_mtime_ns,
         digest,
+        max_pixels,
         len(rows),
         dict(Counter(sample.reason for sample in bad)),
         (bad[0].key, bad[0].reason, bad[0].detail) if bad else None,
@@ -135,9 +138,10 @@ def _examine(
         row |= {
             f"{name}_offset": extent.offset if extent else -1,
             f"{name}_size": extent.size if extent else 0,
+            f"{name}_header": fingerprint(_read(file, Extent(extent.offset - BLOCK, BLOCK))) if extent else 0,
         }
     # DALI 2.4 fails on WebP with metadata and on all GIFs; JPEG and PNG are what there is much of.
-    dali = int(picture.format in ("JPEG", "PNG"))
+    dali = int(picture.format in ("JPEG", "PNG") and picture.plain)
     return {**row, "width": picture.width, "height": picture.height, "dali": dali}
 
 

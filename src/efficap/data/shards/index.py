@@ -6,6 +6,7 @@ is an Arrow file beside its tar. Its header alone, which is all that is read at 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -49,7 +50,8 @@ def write_index(examined: Examined, tar: Path, index_dir: Path | None = None) ->
             writer.write_table(table, max_chunksize=max(1, table.num_rows))
         os.replace(temporary, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
         raise InputError(
             f"the index {file} cannot be written ({error.strerror or error}); name a folder with data.index_dir=DIR"
         ) from error
@@ -63,7 +65,7 @@ def read_header(tar: Path, index_dir: Path | None = None) -> IndexHeader | None:
         fields = json.loads(metadata[_METADATA])
         first_bad = fields.pop("first_bad")
         header = IndexHeader(**fields, first_bad=tuple(first_bad) if first_bad else None)
-    except (OSError, pa.ArrowInvalid, KeyError, TypeError, ValueError):
+    except (OSError, pa.ArrowInvalid, AttributeError, KeyError, TypeError, ValueError):
         return None
     return header if header.version == VERSION else None
 
@@ -74,10 +76,11 @@ def read_samples(tar: Path, index_dir: Path | None = None) -> pa.Table:
         return pa.ipc.open_file(source).read_all()
 
 
-def fits(header: IndexHeader, tar: Path) -> bool:
-    """Whether a tar has the size and time of the one that was indexed."""
+def fits(header: IndexHeader, tar: Path, max_pixels: int) -> bool:
+    """Whether a tar has the size and time of the one that was indexed, with the same limit."""
     stat = tar.stat()
-    return header.size == stat.st_size and header.mtime_ns == stat.st_mtime_ns
+    found = stat.st_size, stat.st_mtime_ns, max_pixels
+    return (header.size, header.mtime_ns, header.max_pixels) == found
 
 
 def ensure_indexes(
@@ -91,12 +94,12 @@ def ensure_indexes(
         InputError: an index cannot be written.
     """
     headers = {tar: read_header(tar, index_dir) for tar in tars}
-    stale = [tar for tar, header in headers.items() if header is None or not fits(header, tar)]
+    stale = [tar for tar, header in headers.items() if header is None or not fits(header, tar, max_pixels)]
     if stale:
         changed = sum(headers[tar] is not None for tar in stale)
         console = Console(stderr=True)
         console.print(
-            f"{len(stale):,} of {len(tars):,} shards have no valid index ({changed:,} changed since): "
+            f"{len(stale):,} of {len(tars):,} shards have no valid index ({changed:,} have an old one): "
             "checking every sample once",
             highlight=False,
             soft_wrap=True,
@@ -124,7 +127,7 @@ def _bring_up_to_date(job: tuple[Path, IndexHeader | None, Path | None, int]) ->
 
 
 def _indexed(tar: Path, header: IndexHeader | None, index_dir: Path | None, max_pixels: int) -> IndexHeader:
-    if header is not None and header.size == tar.stat().st_size:
+    if header is not None and (header.size, header.max_pixels) == (tar.stat().st_size, max_pixels):
         with tar.open("rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
         if digest == header.digest:

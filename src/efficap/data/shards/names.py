@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import re
 from pathlib import Path
 
 from braceexpand import braceexpand
@@ -34,6 +35,10 @@ def find_shards(shards: str | list[str], setting: str) -> list[Path]:
 
 
 def _expand(word: str, setting: str) -> list[Path]:
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}", word)
+    # braceexpand would hold all names of a range in memory before it gives the first.
+    if any(abs(int(last) - int(first)) >= MOST for first, last in ranges):
+        raise InputError(f"{setting}={word} stands for more than {MOST:,} shards")
     try:
         names = list(itertools.islice(braceexpand(word), MOST + 1))
     except ValueError as error:

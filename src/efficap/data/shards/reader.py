@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 
 from efficap.data.shards.examine import IndexHeader, captions_of, decode_json, decode_text
 from efficap.data.shards.index import read_samples
-from efficap.data.shards.tar import BLOCK, SampleError
+from efficap.data.shards.tar import BLOCK, SampleError, fingerprint
 from efficap.data.text import CaptionText
-
-OPEN = 64  # tars held open
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +52,7 @@ class ShardReader:
         index_dir: where the indexes lie; None: beside the tars.
         caption_field: of the json; None takes the .txt.
         text: cleans the captions.
+        most_open: tars that are held open, with the pages of their indexes.
 
     Attributes:
         counts: (S,) good samples in each shard.
@@ -67,10 +66,12 @@ class ShardReader:
         index_dir: Path | None,
         caption_field: str | None,
         text: CaptionText,
+        most_open: int = 16,
     ) -> None:
         self.tars, self.index_dir, self.caption_field, self.text = list(tars), index_dir, caption_field, text
         self.counts: NDArray[np.int64] = np.array([header.good for header in headers], np.int64)
         self._ends = np.cumsum(self.counts)  # (S,)
+        self.most_open = most_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -129,7 +130,7 @@ class ShardReader:
             shard = self._open.get(number)
             if shard is None:
                 shard = self._open[number] = _OpenShard(self.tars[number], self.index_dir)
-                if len(self._open) > OPEN:
+                if len(self._open) > self.most_open:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(number)
@@ -163,19 +164,7 @@ class _OpenShard:
         if offset < 0:
             raise SampleError("no caption", f"no .{'txt' if name == 'text' else name}")
         data = os.pread(self._file.fileno(), BLOCK + size, offset - BLOCK)
-        header = data[:BLOCK]
-        if len(data) != BLOCK + size or not _header_fits(header, self.text("key", row), size):
+        unchanged = fingerprint(data[:BLOCK]) == self.number(f"{name}_header", row)
+        if len(data) != BLOCK + size or not unchanged:
             raise SampleError("changed tar", "its index no longer fits; it is made anew at the next start")
         return data[BLOCK:]
-
-
-def _header_fits(header: bytes, key: str, size: int) -> bool:
-    """Whether a header block names a member of this key and size (POSIX ustar; long names are cut in it)."""
-    name, prefix = (header[a:b].rstrip(b"\0") for a, b in ((0, 100), (345, 500)))
-    full = prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
-    expected = key.encode("utf-8", "surrogateescape")
-    if header[124] & 0x80:  # a size above 8 GiB, in another notation
-        return False
-    return int(header[124:136].strip(b" \0") or b"0", 8) == size and (
-        full.removeprefix(b"./").startswith(expected) or expected.startswith(full) or b"PaxHeader" in full
-    )

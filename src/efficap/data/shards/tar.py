@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import tarfile
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -101,6 +102,11 @@ def _add(found: dict[str, TarSample], member: tarfile.TarInfo, tar_size: int) ->
         sample.error = SampleError("truncated", "the tar ends within it")
     else:
         setattr(sample, role, Extent(member.offset_data, member.size))
+
+
+def fingerprint(header: bytes) -> int:
+    """64 bits that tell a member's header block from others: it holds name, size and time, and their checksum."""
+    return int.from_bytes(hashlib.blake2b(header, digest_size=8).digest(), signed=True)
 
 
 def _padded(size: int) -> int:

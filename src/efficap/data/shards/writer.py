@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -101,7 +102,12 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
 
 def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -> None:
     out_dir.mkdir(parents=True, exist_ok=True)
-    record = {**asdict(settings), "pictures": len(table), "split": table.split}
+    record = {
+        **asdict(settings),
+        "pictures": len(table),
+        "split": table.split,
+        "captions": _digest(table),
+    }
     file = out_dir / RECORD
     if file.is_file():
         found = json.loads(file.read_text(encoding="utf-8"))
@@ -114,6 +120,14 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
         raise InputError(f"{out_dir} holds tars of another origin; name a folder that is new or empty")
     else:
         file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _digest(table: CaptionTable) -> str:
+    """Tells tables apart whose shards must not be mixed, such as the same one with its captions corrected."""
+    digest = hashlib.blake2b(digest_size=16)
+    for row in zip(table.image_ids, table.references, strict=True):
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()
 
 
 def _jobs(table: CaptionTable, out_dir: Path, settings: ShardSettings) -> list[ShardJob]:
