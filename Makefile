@@ -5,11 +5,12 @@ BIN := $(VENV)/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test lint format
+.PHONY: help setup train test bench lint format
 
 help:
 	@echo "make train   train on the built-in pictures, score, caption (ARGS='seed=1' passes settings to train.py)"
 	@echo "make test    the whole test suite (ARGS='-k beam' passes options to pytest)"
+	@echo "make bench   the benchmarks in short form, into docs/benchmarks.md"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  ruff's formatter"
 	@echo "make setup   the environment in $(VENV) alone"
@@ -39,6 +40,10 @@ train: setup
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+
+bench: setup
+	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'
+	$(BIN)/python bench/all.py
 
 lint: setup
 	$(BIN)/ruff check .

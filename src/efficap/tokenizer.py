@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -123,13 +124,17 @@ class CaptionTokenizer:
 
     def encode_prefix(self, text: str) -> list[int]:
         """The ids of how a caption begins, as `encode` would begin it; BOS left out."""
-        return [int(token) for token in self._tokenizer.encode(text.strip(), add_special_tokens=False).ids]
+        return self._ids(text.strip())
+
+    def _ids(self, text: str) -> list[int]:
+        return [int(token) for token in self._tokenizer.encode(text, add_special_tokens=False).ids]
 
     def spellings(self, phrase: str) -> list[list[int]]:
         """All ways to say a phrase in ids, in lower case, as given and capitalised.
 
         A caption's first word may be spelled without the space before it; those ways begin with BOS. The ways are all
-        divisions of the text into tokens, not only the tokenizer's own: a model may write any of them.
+        divisions of the text into tokens, not only the tokenizer's own: a model may write any of them. A longer word
+        that is one token is another word: "cats" is no way to say "cat", but "cat" and then "s" begins with one.
 
         Raises:
             InputError: there are too many.
@@ -141,10 +146,18 @@ class CaptionTokenizer:
             ways += [[self.bos_id, *ids] for ids in self._divisions(form)]
         return ways
 
+    def usual_spellings(self, phrase: str) -> list[list[int]]:
+        """How the tokenizer spells a phrase: inside a caption, and, where that differs, after BOS at its beginning.
+
+        A longer word may begin with the same ids.
+        """
+        phrase = " ".join(phrase.split())
+        inside, first = self._ids(f" {phrase}"), self._ids(phrase)
+        return [inside] if inside == first else [inside, [self.bos_id, *first]]
+
     def _divisions(self, text: str) -> list[list[int]]:
         spelled = "".join(_BYTE_NAMES[byte] for byte in text.encode())
-        vocabulary = self._vocabulary()
-        longest = max(map(len, vocabulary))
+        vocabulary, longest = self._vocabulary
         ways: list[list[list[int]]] = [[[]]]  # of the first 0, 1, 2, … bytes
         for end in range(1, len(spelled) + 1):
             ways.append(
@@ -159,8 +172,11 @@ class CaptionTokenizer:
                 raise InputError(f"decoding.banned: {text.strip()!r} is too long; give single words")
         return ways[-1]
 
-    def _vocabulary(self) -> dict[str, int]:
-        return self._tokenizer.get_vocab(with_added_tokens=False)
+    @cached_property
+    def _vocabulary(self) -> tuple[dict[str, int], int]:
+        """Tokens with their ids, and the longest token's length in bytes; kept, for listing GPT-2's takes a while."""
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
+        return vocabulary, max(map(len, vocabulary))
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, white space collapsed."""

@@ -1,4 +1,4 @@
-"""Decoding against references that share nothing with it: exhaustive search, and transformers' generate.
+"""What all decoding methods promise, their settings, and sampling against exact distributions.
 
 B images, R rows, T tokens, V words, D width.
 """
@@ -6,303 +6,48 @@ B images, R rows, T tokens, V words, D width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from torch import Tensor
+from toys import (
+    BEAM,
+    BOS,
+    CONSTRAINED,
+    DIVERSE,
+    EOS,
+    GREEDY,
+    NUCLEUS,
+    GPT2Pair,
+    Recurrent,
+    assert_well_formed,
+    captions,
+    constant_step,
+    ids,
+    run,
+)
 from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
+    MinPLogitsWarper,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from efficap.decoding import Beam, Decoded, Decoding, build_decoding
+from efficap.decoding import Decoding, build_decoding
 from efficap.decoding.sampling import uniform_numbers
 from efficap.errors import InputError
 
-BOS, EOS = 0, 1
 CONF = Path(__file__).parents[2] / "conf"
-RULES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "banned": [], "prefix": ""}
-GREEDY = {"method": "greedy", "max_tokens": 8, "min_tokens": 0, **RULES}
-BEAM = {
-    **GREEDY,
-    "method": "beam",
-    "num_beams": 3,
-    "length_penalty": 1.0,
-    "early_stopping": False,
-    "num_return_sequences": 1,
-    "num_beam_groups": 1,
-    "diversity_penalty": 0.0,
-}
-NUCLEUS = {
-    **GREEDY,
-    "method": "nucleus",
-    "temperature": 1.0,
-    "top_k": None,
-    "top_p": 0.9,
-    "min_p": 0.0,
-    "num_return_sequences": 1,
-    "seed": 0,
-}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
-
-
-class Recurrent:
-    """A small recurrent language model, so that a row's logits depend on all that it has read."""
-
-    def __init__(self, images: int, vocabulary: int, seed: int, eos_bonus: float = 0.0) -> None:
-        random = torch.Generator().manual_seed(seed)
-        self.start = torch.randn(images, 8, generator=random, dtype=torch.float64)  # (B, D)
-        self.recur = torch.randn(8, 8, generator=random, dtype=torch.float64)
-        self.embed = torch.randn(vocabulary, 8, generator=random, dtype=torch.float64)
-        self.head = torch.randn(8, vocabulary, generator=random, dtype=torch.float64)
-        self.bias = torch.zeros(vocabulary, dtype=torch.float64)
-        self.bias[EOS] = eos_bonus
-
-    def read(self, state: Tensor, ids: Tensor) -> Tensor:
-        return torch.tanh(state @ self.recur + self.embed[ids])
-
-    def logits(self, state: Tensor) -> Tensor:
-        return state @ self.head + self.bias
-
-    def step(self, rows: list[int] | None = None) -> RecurrentStep:
-        return RecurrentStep(self, self.start if rows is None else self.start[rows])
-
-
-class RecurrentStep:
-    def __init__(self, model: Recurrent, state: Tensor) -> None:
-        self.model, self.state = model, state
-        self.calls: list[tuple[Tensor, Tensor | None]] = []
-
-    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None) -> Tensor:
-        self.calls.append((ids, parents))
-        state = self.state if parents is None else self.state[parents]
-        self.state = self.model.read(state, ids)
-        return self.model.logits(self.state)
-
-
-class GPT2Step:
-    """A GPT-2 with cross-attention and no cache: it reads each row's whole history again."""
-
-    def __init__(self, model: GPT2LMHeadModel, memory: Tensor) -> None:
-        self.model, self.memory = model, memory
-        self.history = torch.empty(len(memory), 0, dtype=torch.int64)
-
-    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None) -> Tensor:
-        if parents is not None:
-            self.history, self.memory = self.history[parents], self.memory[parents]
-        self.history = torch.cat((self.history, ids[:, None]), dim=1)
-        return self.model(self.history, encoder_hidden_states=self.memory).logits[:, -1]
-
-
-def tiny_gpt2(seed: int, eos_id: int) -> tuple[GPT2LMHeadModel, Tensor]:
-    torch.manual_seed(seed)
-    config = GPT2Config(
-        vocab_size=19,
-        n_positions=16,
-        n_embd=16,
-        n_layer=2,
-        n_head=2,
-        add_cross_attention=True,
-        initializer_range=0.4,
-        bos_token_id=BOS,
-        eos_token_id=eos_id,
-        pad_token_id=eos_id,
-    )
-    model = GPT2LMHeadModel(config).eval()
-    model.lm_head.bias = torch.nn.Parameter(torch.zeros(19))
-    model.lm_head.bias.data[eos_id] = 2.0  # captions of several lengths
-    return model, torch.randn(4, 5, 16)
-
-
-def beam_search(**changes: Any) -> Beam:
-    decoding = build_decoding(BEAM | changes)
-    assert isinstance(decoding, Beam)
-    return decoding
+ALL = [GREEDY, BEAM, DIVERSE, CONSTRAINED, NUCLEUS]
 
 
 def greedy_search(**changes: Any) -> Decoding:
     return build_decoding(GREEDY | changes)
-
-
-def ids(count: int) -> list[str]:
-    return [f"image-{i}" for i in range(count)]
-
-
-def run(
-    decoding: Decoding, step: Any, image_ids: list[str], *, bos_id: int = BOS, eos_id: int = EOS
-) -> Decoded:
-    return decoding.decode(step, image_ids, bos_id=bos_id, eos_id=eos_id, device="cpu")
-
-
-def constant_step(logits: Tensor) -> Any:
-    return lambda newest, parents, images: logits.expand(len(newest), -1)
-
-
-def assert_well_formed(decoded: Decoded, decoding: Decoding, images: int, bos_id: int, eos_id: int) -> None:
-    assert decoded.tokens.dtype == decoded.lengths.dtype == torch.int64
-    assert decoded.scores.dtype == torch.float32
-    assert decoded.tokens.shape == (images, 1, int(decoded.lengths.max()))
-    assert decoded.scores.isfinite().all()
-    for caption, length in zip(decoded.tokens[:, 0].tolist(), decoded.lengths[:, 0].tolist(), strict=True):
-        assert 2 <= length <= decoding.max_tokens
-        assert caption[0] == bos_id
-        assert eos_id not in caption[1 : length - 1]
-        assert set(caption[length:]) <= {eos_id}
-        if length < decoding.max_tokens:
-            assert caption[length - 1] == eos_id
-        if caption[length - 1] == eos_id:
-            assert length > decoding.min_tokens
-
-
-# Beam search
-
-
-def all_captions(
-    model: Recurrent, state: Tensor, caption: list[int], score: float, beam: Beam, eos_id: int
-) -> Iterator[tuple[float, list[int]]]:
-    """Every caption that starts with `caption`, with its score: the definition, without a search."""
-    state = model.read(state, torch.tensor(caption[-1]))
-    for word, gain in enumerate(model.logits(state).log_softmax(-1).tolist()):
-        longer = [*caption, word]
-        if word == eos_id and len(caption) < beam.min_tokens:
-            continue
-        if word == eos_id or len(longer) == beam.max_tokens:
-            yield (score + gain) / len(caption) ** beam.length_penalty, longer
-        else:
-            yield from all_captions(model, state, longer, score + gain, beam, eos_id)
-
-
-@pytest.mark.parametrize("eos_id", [BOS, EOS])
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
-@pytest.mark.parametrize(
-    ("length_penalty", "min_tokens"), [(0.0, 0), (1.0, 0), (2.0, 3), (-1.0, 0), (-1.0, 4)]
-)
-def test_a_beam_too_wide_to_prune_finds_the_best_of_all_captions(
-    eos_id: int, early_stopping: Any, length_penalty: float, min_tokens: int
-) -> None:
-    beam = beam_search(
-        max_tokens=5,
-        min_tokens=min_tokens,
-        num_beams=64,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
-    )
-    model = Recurrent(images=3, vocabulary=4, seed=3)
-    decoded = run(beam, model.step(), ids(3), eos_id=eos_id)
-    for image in range(3):
-        score, caption = max(all_captions(model, model.start[image], [BOS], 0.0, beam, eos_id))
-        length = int(decoded.lengths[image, 0])
-        assert decoded.tokens[image, 0, :length].tolist() == caption
-        assert float(decoded.scores[image, 0]) == pytest.approx(score, abs=1e-5)
-
-
-@pytest.mark.parametrize("eos_id", [BOS, 7])
-@pytest.mark.parametrize("early_stopping", [True, False, "never"])
-@pytest.mark.parametrize("num_beams", [2, 3, 5])
-@pytest.mark.parametrize(
-    ("length_penalty", "min_tokens", "max_tokens"),
-    [(1.0, 0, 12), (0.0, 5, 12), (2.5, 3, 9), (-0.7, 4, 7), (-2.0, 0, 12)],
-)
-def test_beam_search_equals_transformers(
-    eos_id: int, early_stopping: Any, num_beams: int, length_penalty: float, min_tokens: int, max_tokens: int
-) -> None:
-    model, memory = tiny_gpt2(seed=num_beams, eos_id=eos_id)
-    beam = beam_search(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
-    )
-    decoded = run(beam, GPT2Step(model, memory), ids(4), eos_id=eos_id)
-    assert_well_formed(decoded, beam, 4, BOS, eos_id)
-    expected = generate(
-        model,
-        memory,
-        beam,
-        do_sample=False,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-        early_stopping=early_stopping,
-    )
-    assert torch.equal(decoded.tokens[:, 0], expected.sequences)
-    torch.testing.assert_close(decoded.scores[:, 0], expected.sequences_scores, atol=1e-4, rtol=1e-6)
-
-
-def generate(model: GPT2LMHeadModel, memory: Tensor, decoding: Decoding, **options: Any) -> Any:
-    prompt = torch.full((len(memory), 1), BOS)
-    return model.generate(
-        prompt,
-        attention_mask=torch.ones_like(prompt),
-        encoder_hidden_states=memory,
-        max_length=decoding.max_tokens,
-        min_length=decoding.min_tokens,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **options,
-    )
-
-
-@pytest.mark.parametrize("early_stopping", [True, False])
-@pytest.mark.parametrize("length_penalty", [-1.0, 0.0, 1.0, 2.0])
-def test_one_beam_is_greedy(early_stopping: bool, length_penalty: float) -> None:
-    model = Recurrent(images=5, vocabulary=9, seed=0, eos_bonus=1.0)
-    greedy = run(build_decoding(GREEDY), model.step(), ids(5))
-    one = {"num_beams": 1, "early_stopping": early_stopping, "length_penalty": length_penalty}
-    beam = run(build_decoding(BEAM | one), model.step(), ids(5))
-    assert torch.equal(beam.tokens, greedy.tokens)
-    assert torch.equal(beam.lengths, greedy.lengths)
-    assert len(greedy.lengths.unique()) > 1
-    torch.testing.assert_close(beam.scores, greedy.scores / (greedy.lengths - 1) ** length_penalty)
-
-
-def test_beam_search_asks_for_one_row_per_image_first_and_keeps_to_each_images_rows() -> None:
-    model = Recurrent(images=3, vocabulary=9, seed=0)
-    step = model.step()
-    run(build_decoding(BEAM), step, ids(3))
-    (first, no_parents), (second, parents), *later = step.calls
-    assert first.tolist() == [BOS] * 3
-    assert no_parents is None
-    assert len(second) == 9
-    assert parents is not None
-    assert parents.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-    assert len(step.calls) == 7  # the last word is never read
-    for newest, parents in later:
-        assert newest.dtype == torch.int64
-        assert parents is not None
-        assert (parents // 3).tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
-
-
-def test_never_stopping_early_waits_for_a_better_caption_where_the_penalty_favours_short_ones() -> None:
-    follows = torch.full((5, 5), 0.01)  # [newest, next]; the likely caption is BOS 2 3 EOS
-    follows[BOS, 2], follows[2, 3], follows[3, EOS] = 0.9, 0.95, 0.98
-    follows[[BOS, 2], EOS] = 0.05  # two captions of lower score end before it
-    change = {"num_beams": 2, "length_penalty": -2.0, "early_stopping": "never", "max_tokens": 30}
-    decoded = run(
-        build_decoding(BEAM | change), lambda newest, parents, images: follows.log()[newest], ids(1)
-    )
-    assert decoded.tokens[0, 0, :4].tolist() == [BOS, 2, 3, EOS]
-
-
-def test_a_vocabulary_smaller_than_the_beam_gives_no_empty_hypothesis() -> None:
-    model = Recurrent(images=2, vocabulary=2, seed=0)
-    beam = build_decoding(BEAM | {"num_beams": 5, "early_stopping": True})
-    decoded = run(beam, model.step(), ids(2))
-    assert_well_formed(decoded, beam, 2, BOS, EOS)
 
 
 # Greedy
@@ -312,10 +57,10 @@ def test_a_vocabulary_smaller_than_the_beam_gives_no_empty_hypothesis() -> None:
 @pytest.mark.parametrize("min_tokens", [0, 4])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_greedy_equals_transformers(eos_id: int, min_tokens: int, seed: int) -> None:
-    model, memory = tiny_gpt2(seed, eos_id)
+    pair = GPT2Pair(seed, eos_id=eos_id)
     greedy = greedy_search(max_tokens=10, min_tokens=min_tokens)
-    decoded = run(greedy, GPT2Step(model, memory), ids(4), eos_id=eos_id)
-    expected = generate(model, memory, greedy, do_sample=False, num_beams=1)
+    decoded = run(greedy, pair.step(10), ids(4), eos_id=eos_id)
+    expected = pair.generate(greedy, [BOS], num_beams=1)
     assert torch.equal(decoded.tokens[:, 0], expected.sequences)
 
 
@@ -331,18 +76,27 @@ def test_greedy_scores_are_sums_of_log_probabilities() -> None:
 
 
 @pytest.mark.parametrize(
-    ("temperature", "top_k", "top_p"), [(1.0, None, 0.8), (0.6, None, 1.0), (1.7, 4, 0.75), (1.0, 3, 1.0)]
+    ("temperature", "top_k", "top_p", "min_p"),
+    [
+        (1.0, None, 0.8, 0.0),
+        (0.6, None, 1.0, 0.0),
+        (1.7, 4, 0.75, 0.0),
+        (1.0, 3, 1.0, 0.0),
+        (1.0, None, 1.0, 0.3),
+        (1.7, 6, 0.9, 0.4),
+        (0.8, None, 1.0, 1.0),
+    ],
 )
 def test_nucleus_frequencies_agree_with_the_exact_distribution(
-    temperature: float, top_k: int | None, top_p: float
+    temperature: float, top_k: int | None, top_p: float, min_p: float
 ) -> None:
     logits = torch.tensor([[0.3, -0.4, 1.2, 2.0, 0.9, -1.0, 1.6]])
     scores = TemperatureLogitsWarper(temperature)(None, logits)
     scores = scores if top_k is None else TopKLogitsWarper(top_k)(None, scores)
-    exact = TopPLogitsWarper(top_p)(None, scores).softmax(-1)[0]  # (V,)
-    nucleus = build_decoding(
-        NUCLEUS | {"max_tokens": 2, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    )
+    scores = MinPLogitsWarper(min_p)(None, TopPLogitsWarper(top_p)(None, scores))
+    exact = scores.softmax(-1)[0]  # (V,)
+    change = {"max_tokens": 2, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    nucleus = build_decoding(NUCLEUS | change)
     draws = 20_000
     decoded = run(nucleus, constant_step(logits), ids(draws))
     counts = decoded.tokens[:, 0, 1].bincount(minlength=7)
@@ -427,24 +181,84 @@ def test_image_ids_may_be_any_text() -> None:
     assert len(uniform_numbers(0, odd, 2).unique()) == 10
 
 
+def test_the_first_sample_does_not_depend_on_how_many_there_are() -> None:
+    model = Recurrent(images=6, vocabulary=9, seed=5, eos_bonus=1.5)
+    one, five = (
+        run(build_decoding(NUCLEUS | {"top_p": 1.0, "num_return_sequences": n}), model.step(), ids(6))
+        for n in (1, 5)
+    )
+    assert [rows[:1] for rows in captions(five)] == captions(one)
+    assert any(len({tuple(caption) for caption in rows}) > 3 for rows in captions(five))
+
+
+def test_samples_of_an_image_are_independent_draws() -> None:
+    logits = torch.tensor([0.3, -torch.inf, 1.2, 0.6])
+    nucleus = build_decoding(NUCLEUS | {"top_p": 1.0, "max_tokens": 2, "num_return_sequences": 2})
+    draws = 20_000
+    words = run(nucleus, constant_step(logits), ids(draws)).tokens[..., 1]  # (B, 2)
+    pairs = (words[:, 0] * 4 + words[:, 1]).bincount(minlength=16)
+    exact = torch.outer(logits.softmax(-1), logits.softmax(-1)).flatten()
+    inside = exact > 0
+    assert ((pairs - draws * exact) ** 2 / (draws * exact))[inside].sum() < 26.1  # 0.999, 8 degrees
+
+
 # All methods
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, BEAM | {"early_stopping": True}, NUCLEUS])
-def test_a_caption_does_not_depend_on_its_neighbours(options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        GREEDY,
+        BEAM,
+        BEAM | {"early_stopping": True, "num_return_sequences": 3},
+        BEAM
+        | {"early_stopping": "never", "prefix": "4 5", "no_repeat_ngram_size": 2, "banned": ["8", "6 7"]},
+        DIVERSE | {"num_return_sequences": 3},
+        CONSTRAINED | {"length_penalty": -2.0},
+        CONSTRAINED | {"length_penalty": -1.0, "banned": ["5 5"], "num_return_sequences": 2, "prefix": "8"},
+        NUCLEUS | {"num_return_sequences": 4, "top_p": 1.0, "repetition_penalty": 1.2},
+    ],
+)
+def test_a_caption_does_not_depend_on_its_neighbours_nor_on_when_they_leave(options: dict[str, Any]) -> None:
+    decoding = build_decoding({**options, "max_tokens": max(12, options["max_tokens"])})
+    lengths, left = set(), False
+    for seed in range(3):
+        pair = GPT2Pair(seed, eos_id=EOS, images=24, eos_bonus=2.0 * seed)
+        step = pair.step(decoding.max_tokens)
+        together = run(decoding, step, ids(24))
+        lengths |= set(together.lengths[:, 0].tolist())
+        left |= step.rows[-1] < max(step.rows)
+        for rows in (*([row] for row in range(24)), [5, 2], [4, 1, 0, 23, 7]):
+            step_apart = pair.step(decoding.max_tokens, rows)
+            apart = run(decoding, step_apart, [f"image-{row}" for row in rows])
+            assert captions(apart) == [captions(together)[row] for row in rows]
+            torch.testing.assert_close(apart.scores, together.scores[rows])
+            assert torch.equal(apart.ended, together.ended[rows])
+    assert len(lengths) > 2
+    assert left
+
+
+@pytest.mark.parametrize("options", [GREEDY, NUCLEUS | {"num_return_sequences": 3, "prefix": "3 4"}])
+def test_log_probabilities_are_the_models_own_and_sum_to_the_score(options: dict[str, Any]) -> None:
     model = Recurrent(images=6, vocabulary=9, seed=5, eos_bonus=1.5)
-    decoding = build_decoding(options)
-    together = run(decoding, model.step(), ids(6))
-    assert len(together.lengths.unique()) > 2
-    for rows in ([0], [3], [5, 2], [4, 1, 0]):
-        apart = run(decoding, model.step(rows), [f"image-{row}" for row in rows])
-        longest = apart.tokens.shape[-1]
-        assert torch.equal(apart.tokens, together.tokens[rows, :, :longest])
-        assert torch.equal(apart.lengths, together.lengths[rows])
-        torch.testing.assert_close(apart.scores, together.scores[rows])
+    decoded = run(build_decoding(options | {"repetition_penalty": 1.3}), model.step(), ids(6))
+    torch.testing.assert_close(decoded.token_log_probs.sum(dim=-1), decoded.scores)
+    prompt = 1 + len(options["prefix"].split())
+    for image, rows in enumerate(captions(decoded)):
+        for sample, caption in enumerate(rows):
+            state, expected = model.start[image], []
+            for newest, word in itertools.pairwise(caption):
+                state = model.read(state, torch.tensor(newest))
+                expected.append(float(model.logits(state).log_softmax(-1)[word]))
+            found = decoded.token_log_probs[image, sample].tolist()
+            assert found[:prompt] == [0.0] * prompt
+            assert found[prompt : len(caption)] == pytest.approx(expected[prompt - 1 :], abs=1e-5)
+            assert not any(found[len(caption) :])
+    assert not decoded.ended.all()
+    assert decoded.ended.any()
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, NUCLEUS])
+@pytest.mark.parametrize("options", ALL)
 def test_bos_that_is_also_eos_does_not_end_the_caption(options: dict[str, Any]) -> None:
     model = Recurrent(images=6, vocabulary=9, seed=5)
     decoding = build_decoding(options)
@@ -453,7 +267,7 @@ def test_bos_that_is_also_eos_does_not_end_the_caption(options: dict[str, Any]) 
     assert decoded.lengths.max() > 2
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, NUCLEUS])
+@pytest.mark.parametrize("options", [GREEDY, BEAM, DIVERSE, NUCLEUS])
 def test_a_caption_that_reaches_max_tokens_ends_without_eos(options: dict[str, Any]) -> None:
     never_eos = torch.tensor([0.0, -1e4, 0.5, 0.7])
     decoded = run(build_decoding(options), constant_step(never_eos), ids(2))
@@ -461,7 +275,7 @@ def test_a_caption_that_reaches_max_tokens_ends_without_eos(options: dict[str, A
     assert EOS not in decoded.tokens
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, NUCLEUS])
+@pytest.mark.parametrize("options", [GREEDY, BEAM, DIVERSE, NUCLEUS])
 @pytest.mark.parametrize("min_tokens", [0, 2, 5])
 def test_eos_is_forbidden_below_min_tokens(options: dict[str, Any], min_tokens: int) -> None:
     always_eos = torch.tensor([0.0, 1e4, 0.5, 0.7])
@@ -469,7 +283,7 @@ def test_eos_is_forbidden_below_min_tokens(options: dict[str, Any], min_tokens: 
     assert decoded.lengths.tolist() == [[max(min_tokens, 1) + 1]] * 2
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, NUCLEUS])
+@pytest.mark.parametrize("options", [GREEDY, BEAM, DIVERSE, NUCLEUS])
 def test_decoding_stops_once_every_image_is_done(options: dict[str, Any]) -> None:
     model = Recurrent(images=3, vocabulary=9, seed=0, eos_bonus=50.0)
     step = model.step()
@@ -478,7 +292,7 @@ def test_decoding_stops_once_every_image_is_done(options: dict[str, Any]) -> Non
     assert len(step.calls) < 4
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, NUCLEUS])
+@pytest.mark.parametrize("options", ALL)
 def test_decoding_keeps_no_graph_and_scores_half_precision_in_float32(options: dict[str, Any]) -> None:
     logits = torch.randn(9, dtype=torch.bfloat16, requires_grad=True)
     decoded = run(build_decoding(options), constant_step(logits), ids(2))
@@ -486,7 +300,7 @@ def test_decoding_keeps_no_graph_and_scores_half_precision_in_float32(options: d
     assert decoded.scores.dtype == torch.float32
 
 
-@pytest.mark.parametrize("options", [GREEDY, BEAM, BEAM | {"early_stopping": "never"}, NUCLEUS])
+@pytest.mark.parametrize("options", [*ALL, BEAM | {"early_stopping": "never"}])
 @pytest.mark.parametrize("bad_call", [1, 3])
 def test_logits_that_are_not_finite_are_reported_with_the_image(
     options: dict[str, Any], bad_call: int
@@ -507,52 +321,13 @@ def test_logits_that_are_not_finite_are_reported_with_the_image(
         run(build_decoding(options), step, ids(2), eos_id=20)
 
 
-@settings(max_examples=40, deadline=None)
-@given(data=st.data())
-def test_any_valid_setting_gives_well_formed_captions(data: st.DataObject) -> None:
-    max_tokens = data.draw(st.integers(2, 7))
-    options: dict[str, Any] = {
-        **RULES,
-        "max_tokens": max_tokens,
-        "min_tokens": data.draw(st.integers(0, max_tokens - 1)),
-    }
-    own: dict[str, dict[str, st.SearchStrategy[Any]]] = {
-        "greedy": {},
-        "beam": {
-            "num_beams": st.integers(1, 7),
-            "length_penalty": st.floats(-10, 10),
-            "early_stopping": st.sampled_from([True, False, "never"]),
-            "num_return_sequences": st.just(1),
-            "num_beam_groups": st.just(1),
-            "diversity_penalty": st.just(0.0),
-        },
-        "nucleus": {
-            "temperature": st.floats(0.01, 100),
-            "top_k": st.none() | st.integers(1, 99),
-            "top_p": st.floats(0, 1, exclude_min=True),
-            "min_p": st.just(0.0),
-            "num_return_sequences": st.just(1),
-            "seed": st.integers(-5, 2**70),
-        },
-    }
-    options["method"] = data.draw(st.sampled_from(sorted(own)))
-    options |= {name: data.draw(strategy) for name, strategy in own[options["method"]].items()}
-    images, vocabulary = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 9))
-    bonus = data.draw(st.floats(-30, 30))
-    bos_id = data.draw(st.sampled_from([BOS, EOS]))
-    model = Recurrent(images, vocabulary, seed=data.draw(st.integers(0, 99)), eos_bonus=bonus)
-    decoding = build_decoding(options)
-    decoded = run(decoding, model.step(), ids(images), bos_id=bos_id)
-    assert_well_formed(decoded, decoding, images, bos_id, EOS)
-
-
 # Settings
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam", "nucleus"])
-def test_the_shipped_configuration_builds_each_method(method: str) -> None:
+@pytest.mark.parametrize("name", sorted(file.stem for file in (CONF / "decoding").glob("*.yaml")))
+def test_the_shipped_configuration_builds_each_method(name: str) -> None:
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        config = OmegaConf.to_container(compose(overrides=[f"+decoding={method}"]).decoding)
+        config = OmegaConf.to_container(compose(overrides=[f"+decoding={name}"]).decoding)
     assert isinstance(config, dict)
     decoding = build_decoding({str(name): value for name, value in config.items()})
     assert {"method": decoding.method, **dataclasses.asdict(decoding)} == config
@@ -578,6 +353,17 @@ BAD_OPTIONS = [
     (NUCLEUS, "top_p", 0, "must be above 0 and at most 1; use 1 to keep all words, or decoding=greedy"),
     (NUCLEUS, "top_p", 1.1, "must be above 0 and at most 1"),
     (NUCLEUS, "seed", "x", "must be a whole number; use 0"),
+    (NUCLEUS, "min_p", 1.1, "must be from 0 to 1; use 0 to keep all words"),
+    (NUCLEUS, "num_return_sequences", 0, "must be at least 1"),
+    (BEAM, "num_return_sequences", 4, "must be from 1 to decoding.num_beams=3; use more beams"),
+    (BEAM, "num_beam_groups", 2, "must divide decoding.num_beams=3; use 1 for plain beam search"),
+    (BEAM, "diversity_penalty", 0.5, "must be above 0 with decoding.num_beam_groups above 1, and 0 with one"),
+    (DIVERSE, "diversity_penalty", 0.0, "must be above 0 with decoding.num_beam_groups above 1"),
+    (GREEDY, "repetition_penalty", 0, "must be above 0; 1 changes nothing"),
+    (GREEDY, "no_repeat_ngram_size", -1, "must be a whole number of at least 0; 0 forbids nothing"),
+    (GREEDY, "banned", "dog", "must be a list of words or phrases; [] bans nothing"),
+    (GREEDY, "banned", [" "], "must be a list of words or phrases; [] bans nothing"),
+    (GREEDY, "prefix", None, "must be text; '' for none"),
     (
         GREEDY,
         "num_beams",
@@ -596,7 +382,7 @@ BAD_OPTIONS = [
         3,
         "is no option of decoding=nucleus, which takes max_tokens, min_tokens, repetition_penalty",
     ),
-    (GREEDY, "method", "beams", "is no decoding method; use one of greedy, beam, nucleus"),
+    (GREEDY, "method", "beams", "is no decoding method; use one of greedy, beam, nucleus, constrained"),
     (GREEDY, "method", None, "is no decoding method"),
     (GREEDY, "method", ["beam"], "is no decoding method"),
 ]
@@ -623,3 +409,16 @@ def test_a_missing_option_is_named(options: dict[str, Any], name: str) -> None:
         InputError, match=f"^decoding.{name} is missing; decoding={options['method']} takes max"
     ):
         build_decoding(rest)
+
+
+def test_a_prefix_that_leaves_no_room_or_is_banned_or_ends_the_text_is_refused() -> None:
+    for change, message in (
+        ({"prefix": "3 4 5", "max_tokens": 4}, "prefix='3 4 5' has 4 tokens with BOS and leaves no room"),
+        (
+            {"prefix": "3 4", "banned": ["4"]},
+            r"prefix='3 4' must not say what decoding.banned=\['4'\] forbids",
+        ),
+        ({"prefix": "3 1"}, "prefix='3 1' must be words; the end of a text is none"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(build_decoding(GREEDY | change), constant_step(torch.zeros(9)), ids(1))

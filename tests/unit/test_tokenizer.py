@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from efficap.errors import InputError
-from efficap.tokenizer import CaptionTokenizer
+from efficap.tokenizer import _BYTE_NAMES, CaptionTokenizer
 
 CAPTIONS = ["a red picture", "all of it is red", "a green picture", "two dogs on the grass"] * 3
 LEARNED = CaptionTokenizer.learn(CAPTIONS, vocab_size=300)
@@ -97,3 +98,74 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
 def test_a_vocabulary_smaller_than_the_bytes_is_refused() -> None:
     with pytest.raises(InputError, match=r"model.tokenizer.vocab_size=100 must be at least 257"):
         CaptionTokenizer.learn(CAPTIONS, vocab_size=100)
+
+
+# Spellings
+
+
+def raw(tokenizer: CaptionTokenizer, ids: list[int]) -> str:
+    """The text of ids as it is, white space kept."""
+    return tokenizer._tokenizer.decode(ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("phrase", ["red", "Red", "a r", "aRe", "é"])
+def test_the_ways_to_say_a_phrase_are_all_that_decode_to_it(phrase: str) -> None:
+    parts = [i for i in range(LEARNED.vocab_size) if i != LEARNED.bos_id and can_be_part_of(phrase, i)]
+    forms = {phrase, phrase.lower(), phrase.capitalize()}
+    expected = set()
+    for length in range(1, len(phrase.encode()) + 2):
+        for ids in itertools.product(parts, repeat=length):
+            text = raw(LEARNED, list(ids))
+            if text in {f" {form}" for form in forms}:
+                expected.add(ids)
+            if text in forms:
+                expected.add((LEARNED.bos_id, *ids))
+    ways = [tuple(ids) for ids in LEARNED.spellings(phrase)]
+    assert len(set(ways)) == len(ways)
+    assert set(ways) == expected
+    assert {LEARNED.decode(ids) for ids in ways} == forms
+
+
+def can_be_part_of(phrase: str, token: int) -> bool:
+    """Whether a token can be in any spelling, so that there are few enough to try them all."""
+    return any(
+        _spelled(LEARNED, [token]) in _bytes(f" {form}")
+        for form in (phrase, phrase.lower(), phrase.capitalize())
+    )
+
+
+def _bytes(text: str) -> str:
+    return "".join(_BYTE_NAMES[byte] for byte in text.encode())
+
+
+def _spelled(tokenizer: CaptionTokenizer, ids: list[int]) -> str:
+    return "".join(tokenizer._tokenizer.id_to_token(token) or "" for token in ids)
+
+
+def test_a_phrase_with_more_spellings_than_can_be_held_is_refused() -> None:
+    with pytest.raises(InputError, match=r"decoding.banned: .* is too long; give single words"):
+        LEARNED.spellings("a red picture " * 12)
+
+
+def test_the_usual_spellings_are_those_of_captions() -> None:
+    [inside] = LEARNED.usual_spellings("  red   picture ")
+    [ids], _ = LEARNED.encode(["a red picture"], max_tokens=20)
+    assert ids[-1 - len(inside) : -1] == inside
+    [ids], _ = LEARNED.encode(["red picture"], max_tokens=20)
+    assert ids[1:-1] == inside
+
+
+def test_gpt2_spells_a_captions_first_word_in_its_own_way(shared: Callable[[str], Path]) -> None:
+    tokenizer = CaptionTokenizer.pretrained(str(shared("gpt2_bpe")))
+    inside, first = tokenizer.usual_spellings("hot dog")
+    assert tokenizer.encode(["a hot dog", "hot dog"], max_tokens=9)[0] == [
+        [tokenizer.bos_id, *tokenizer.encode_prefix("a"), *inside, tokenizer.eos_id],
+        [*first, tokenizer.eos_id],
+    ]
+    assert {tuple(inside), tuple(first)} <= {tuple(ids) for ids in tokenizer.spellings("hot dog")}
+
+
+def test_a_prefix_is_encoded_as_a_captions_beginning() -> None:
+    [ids], _ = LEARNED.encode(["a red picture"], max_tokens=20)
+    prefix = LEARNED.encode_prefix(" a red ")
+    assert ids[1 : 1 + len(prefix)] == prefix

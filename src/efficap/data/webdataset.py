@@ -106,15 +106,18 @@ class WebDatasetDataModule(CaptionDataModule):
         return reader
 
     def _find(self, split: str) -> list[Path]:
-        found: dict[Path, str] = {}
+        tars = find_shards(self.shards[split] or [], self.settings[split])
         for name, shards in self.shards.items():
-            for tar in find_shards(shards, self.settings[name]) if shards is not None else ():
-                if found.setdefault(tar, name) != name:
-                    raise InputError(
-                        f"{tar} is in {self.settings[found[tar]]} and in {self.settings[name]}; "
-                        "a model is not to be judged by what it learned from"
-                    )
-        return [tar for tar, name in found.items() if name == split]
+            try:
+                others = set(find_shards(shards, name)) if name != split and shards is not None else set()
+            except InputError:
+                continue  # an evaluation does not need the training shards
+            if twice := [tar for tar in tars if tar in others]:
+                raise InputError(
+                    f"{twice[0]} is in {self.settings[split]} and in {self.settings[name]}; "
+                    "a model is not to be judged by what it learned from"
+                )
+        return tars
 
     def _count_bad(self, tar: Path, header: IndexHeader) -> None:
         self.bad_samples.total += header.good + sum(header.bad.values())

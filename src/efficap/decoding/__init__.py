@@ -11,13 +11,14 @@ from dataclasses import fields
 from typing import Any
 
 from efficap.decoding.beam import Beam
+from efficap.decoding.constraints import Constrained
 from efficap.decoding.contract import Decoded, Decoding, Step
 from efficap.decoding.sampling import Greedy, Nucleus
 from efficap.errors import InputError
 
-__all__ = ["Beam", "Decoded", "Decoding", "Greedy", "Nucleus", "Step", "build_decoding"]
+__all__ = ["Beam", "Constrained", "Decoded", "Decoding", "Greedy", "Nucleus", "Step", "build_decoding"]
 
-METHODS: dict[str, type[Decoding]] = {cls.method: cls for cls in (Greedy, Beam, Nucleus)}
+METHODS: dict[str, type[Decoding]] = {cls.method: cls for cls in (Greedy, Beam, Nucleus, Constrained)}
 
 
 def build_decoding(settings: Mapping[str, Any]) -> Decoding:

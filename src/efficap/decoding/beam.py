@@ -40,13 +40,15 @@ class Beam(Decoding):
     groups have taken at the same step costs it `diversity_penalty` for each of their beams that took it.
 
     Attributes:
-        num_beams: hypotheses kept for each image; 1 is greedy decoding (but for "never", which searches on).
+        num_beams: hypotheses kept for each image; 1 is greedy decoding, but for "never", which searches on, and for a
+            repetition penalty, which weighs log-probabilities here and logits there, as in transformers.
         length_penalty: exponent; above 0 favours long captions, below 0 short ones, 0 sums log-probabilities.
         early_stopping: when an image with `num_beams` finished captions is done. True: at once. False: when
             the best running hypothesis, scored at its present length, is no better than the worst of them
             (likely, but not certain, to stay so). "never": when it would be no better even if it grew, at no
             cost, to the length that the penalty likes best.
-        num_return_sequences: captions of each image, the best first.
+        num_return_sequences: captions of each image, the best first; one that several groups have found comes again
+            only after all others.
         num_beam_groups: groups that the beams are shared out to; 1 is plain beam search.
         diversity_penalty: in nats; with one group it must be 0.
     """
@@ -133,7 +135,7 @@ class Beam(Decoding):
                 parents = parents.view(len(open_images), -1)[keep]
             logits = step(running.tokens[..., length].flatten(), parents.flatten(), keep)  # (B*n, V)
 
-        best = results.best(self.num_return_sequences)[0]  # (B, n)
+        best = results.ranked().of_first(self.num_return_sequences)  # (B, n)
         longest = int(best.lengths.max())
         return Decoded(
             best.tokens[..., :longest],
@@ -164,18 +166,15 @@ class Beam(Decoding):
             costs = of_group[:, group].flatten(0, 1)  # (B*m, V)
             if taken is not None:
                 costs = costs - self.diversity_penalty * taken.repeat_interleave(rows, dim=0)
-            costs = rules.apply(costs, mine.tokens[..., :length].flatten(0, 1))
-            # Each beam ends in EOS only once, so that of 2w candidates at least w can run on.
-            candidates, origin = mine.extend(costs, length, count=2 * width)
+            candidates, origin = self._candidates(mine, costs, length, rules)
             parts.append(candidates)
             origins.append(origin)
             if groups > 1:
                 runs_on = candidates.tokens[..., length] != eos_id
-                words = (
-                    candidates.rescored(candidates.scores, where=runs_on).best(width)[0].tokens[..., length]
-                )
+                takers = candidates.rescored(candidates.scores, where=runs_on).best(width)[0]
+                weights = (takers.scores > -math.inf).to(of_group.dtype)  # an empty place takes nothing
                 taken = of_group.new_zeros(len(of_group), of_group.shape[-1]) if taken is None else taken
-                taken = taken.scatter_add(1, words, torch.ones_like(words, dtype=taken.dtype))
+                taken = taken.scatter_add(1, takers.tokens[..., length], weights)
         candidates = Hypotheses.interleaved(parts)  # k = 2w
         origin = torch.stack(origins, dim=1).flatten(0, 1)  # (B*g, 2w)
 
@@ -191,6 +190,16 @@ class Beam(Decoding):
         if length == len(rules.prompt):
             first = first // groups  # all groups continue the one row of their image
         return running, finished, (first + origin.gather(1, chosen)).view(-1, self.num_beams)
+
+    def _candidates(
+        self, mine: Hypotheses, costs: Tensor, length: int, rules: Rules
+    ) -> tuple[Hypotheses, Tensor]:
+        """The 2w continuations of each pool that are weighed, the preferred first, and the rows they continue.
+
+        Each beam ends in EOS only once, so that of 2w at least w can run on.
+        """
+        costs = rules.apply(costs, mine.tokens[..., :length].flatten(0, 1))
+        return mine.extend(costs, length, count=2 * (self.num_beams // self.num_beam_groups))
 
     def _may_improve(self, running: Hypotheses, finished: Hypotheses, generated: int, prompt: int) -> Tensor:
         """(B*g,) bool: whether the running hypotheses may still change a pool's finished ones."""

@@ -46,6 +46,10 @@ class Vocabulary(Protocol):
         """All sequences of ids that say a phrase; BOS before those that only a caption's beginning can have."""
         ...
 
+    def usual_spellings(self, phrase: str) -> list[list[int]]:
+        """A phrase as it is usually spelled: inside a caption, and where that differs, after BOS, at its beginning."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
@@ -55,7 +59,7 @@ class Decoded:
         tokens: (B, n, T) int64, each caption ``BOS w1 … wn EOS`` and then EOS as padding; a caption that
             reached ``max_tokens`` may end without EOS.
         lengths: (B, n) int64, valid tokens with BOS and, where there is one, EOS.
-        scores: (B, n) float32, as the method defines them, in nats.
+        scores: (B, n) float32, as the method defines them, in nats; -inf for an empty place: too few words for n.
         token_log_probs: (B, n, T) float32, of each token after those before it, as the method weighed it; 0 for BOS, a
             prefix and padding.
         ended: (B, n) bool, whether EOS was reached.
@@ -126,10 +130,12 @@ class Decoding(ABC):
             size,
             "must be a whole number of at least 0; 0 forbids nothing",
         )
-        words = not isinstance(self.banned, str) and all(
-            isinstance(w, str) and w.strip() for w in self.banned
+        require(
+            is_phrases(self.banned),
+            "banned",
+            self.banned,
+            "must be a list of words or phrases; [] bans nothing",
         )
-        require(words, "banned", self.banned, "must be a list of words or phrases; [] bans nothing")
         require(isinstance(self.prefix, str), "prefix", self.prefix, "must be text; '' for none")
 
     @torch.no_grad()
@@ -155,7 +161,7 @@ class Decoding(ABC):
             vocabulary: spells what `prefix` and `banned` say; needed where they say anything.
 
         Raises:
-            InputError: the step's logits are not finite, or the prefix leaves no room.
+            InputError: the step's logits are not finite, or the prefix leaves no room or is banned.
         """
         assert image_ids, "an empty batch"
         device = torch.device(device)
@@ -179,8 +185,11 @@ class Decoding(ABC):
             repr(self.prefix),
             f"has {len(prompt)} tokens with BOS and leaves no room in decoding.max_tokens={self.max_tokens}",
         )
+        require(
+            eos_id not in prompt[1:], "prefix", repr(self.prefix), "must be words; the end of a text is none"
+        )
         banned = [ids for phrase in self.banned for ids in vocabulary.spellings(phrase)] if vocabulary else []
-        return Rules(
+        rules = Rules(
             prompt=prompt,
             eos_id=eos_id,
             min_tokens=self.min_tokens,
@@ -189,6 +198,13 @@ class Decoding(ABC):
             banned=banned,
             device=device,
         )
+        require(
+            not rules.bans_part_of(prompt),
+            "prefix",
+            repr(self.prefix),
+            f"must not say what decoding.banned={list(self.banned)} forbids; change one of them",
+        )
+        return rules
 
     @abstractmethod
     def _search(
@@ -218,6 +234,15 @@ def require(condition: bool, option: str, value: object, rule: str) -> None:
 def is_whole(value: object) -> bool:
     """Whether `value` is an int (a bool is none)."""
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def is_phrases(value: object) -> bool:
+    """Whether `value` is a list of texts that say something."""
+    return (
+        isinstance(value, Sequence)
+        and not isinstance(value, str)
+        and all(isinstance(phrase, str) and phrase.strip() for phrase in value)
+    )
 
 
 def is_number(value: object) -> bool:

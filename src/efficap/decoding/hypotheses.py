@@ -75,18 +75,30 @@ class Hypotheses:
         Args:
             costs: (P*m, V) log-probabilities of the next word.
         """
-        pools, rows = self.scores.shape
+        pools = len(self.scores)
         gains, words = top_words(costs, count)  # (P*m, c), c = count or V
-        gains, words = gains.view(pools, -1), words.view(pools, -1)  # (P, m*c)
-        each = gains.shape[1] // rows
-        totals = self.scores.repeat_interleave(each, dim=1) + gains
+        totals = (self.scores.reshape(-1, 1) + gains).view(pools, -1)  # (P, m*c)
         scores, chosen = totals.topk(min(count, totals.shape[1]))  # (P, count or fewer)
-        missing = count - scores.shape[1]  # above 0 only for a vocabulary smaller than the beam is wide
+        return self.continued(words, gains, chosen, scores, length, count)
+
+    def continued(
+        self, words: Tensor, gains: Tensor, chosen: Tensor, scores: Tensor, length: int, count: int
+    ) -> tuple[Hypotheses, Tensor]:
+        """The chosen continuations by one word, and the rows that they continue (P, count).
+
+        Args:
+            words, gains: (P*m, c) words that may follow each row, and their log-probabilities.
+            chosen: (P, count) places among the m*c continuations of a pool, or fewer: empty places fill the rest, as
+                happens where the vocabulary is smaller than the beam is wide.
+            scores: those of the chosen, of the same shape.
+        """
+        pools, each = len(self.scores), words.shape[1]
+        missing = count - scores.shape[1]
         scores, chosen = F.pad(scores, (0, missing), value=-math.inf), F.pad(chosen, (0, missing))
         origin = chosen // each
         extended = replace(self._at(origin), scores=scores)
-        extended.tokens[..., length] = words.gather(1, chosen)
-        extended.gains[..., length] = gains.gather(1, chosen)
+        extended.tokens[..., length] = words.view(pools, -1).gather(1, chosen)
+        extended.gains[..., length] = gains.view(pools, -1).gather(1, chosen)
         extended.lengths.fill_(length + 1)
         return extended, origin
 
@@ -106,6 +118,15 @@ class Hypotheses:
         """The `count` best, the best first, and where they were: (P, count)."""
         index = self.scores.topk(count).indices
         return self._at(index), index
+
+    def ranked(self) -> Hypotheses:
+        """All of them, the best first, but those that repeat the tokens of a better one last."""
+        best = self.best(self.scores.shape[1])[0]
+        same = (best.tokens[:, :, None] == best.tokens[:, None]).all(dim=-1)  # (P, k, k)
+        return best._at(same.tril(-1).any(dim=-1).long().argsort(dim=1, stable=True))
+
+    def of_first(self, count: int) -> Hypotheses:
+        return self._map(lambda part: part[:, :count])
 
     def _at(self, index: Tensor) -> Hypotheses:
         whole = index[..., None].expand(-1, -1, self.tokens.shape[-1])
