@@ -1,0 +1,72 @@
+"""The cache of decoding against the whole sequence read again: any parents, more rows, fewer pictures.
+
+B images, G rows of each, T tokens, V words, D width.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+from toys import GPT2Pair
+
+from efficap.models.captioner import DecodingState
+from efficap.models.gpt2 import GPT2
+
+
+def read_again(decoder: GPT2, memory: Tensor, history: Tensor) -> Tensor:
+    """The logits after (B, G, T) tokens, each row with its own copy of its picture's memory: (B*G, V)."""
+    rows = memory.repeat_interleave(history.shape[1], dim=0)  # (B*G, N, D)
+    hidden = decoder(history.flatten(0, 1), decoder.project_memory(rows))
+    return decoder.logits(hidden[:, -1])
+
+
+def random_parents(images: int, before: int, after: int) -> Tensor:
+    """(B*G',) for each new row, a row of its own picture."""
+    own = torch.randint(0, before, (images, after))
+    return (own + torch.arange(images)[:, None] * before).flatten()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("seed", range(6))
+@torch.no_grad()
+def test_cached_steps_equal_the_whole_sequence(seed: int, dtype: torch.dtype, tolerance: float) -> None:
+    draw = random.Random(seed)
+    pair = GPT2Pair(seed, eos_id=1, images=6)
+    decoder, memory = pair.ours.to(dtype), pair.memory.to(dtype)
+    state, rows, max_tokens = DecodingState(decoder, memory, 14), 1, 14
+    history = torch.empty(6, 1, 0, dtype=torch.int64)  # (B, G, T)
+    left = grown = 0
+    for _ in range(max_tokens):
+        images, parents, keep = len(memory), None, None
+        if history.shape[2] > 2 and draw.random() < 0.7:  # a prefix first
+            more = rows + draw.choice([0, 1, 3])
+            parents = random_parents(images, rows, more).view(images, more)
+            history = history.flatten(0, 1)[parents]
+            grown, rows = grown + (more > rows), more
+            if images > 1 and draw.random() < 0.4:
+                keep = torch.tensor(sorted(draw.sample(range(images), draw.randint(1, images - 1))))
+                parents, history, memory, left = parents[keep], history[keep], memory[keep], left + 1
+            parents = parents.flatten()
+        newest = torch.randint(0, 23, (*history.shape[:2], 1))
+        history = torch.cat((history, newest), dim=2)
+        logits = state(newest.flatten(), parents, keep)
+        expected = read_again(decoder, memory, history)
+        scale = 1.0 if dtype == torch.float32 else float(expected.abs().max())
+        assert (logits - expected).abs().max() <= tolerance * scale
+    assert left
+    assert grown
+
+
+@torch.no_grad()
+def test_pictures_may_leave_before_the_rows_grow() -> None:
+    pair = GPT2Pair(0, eos_id=1, images=3)
+    state = DecodingState(pair.ours, pair.memory, 4)
+    first, then = torch.tensor([0, 0, 0]), torch.tensor([5, 6, 7, 8])
+    state(first, None)
+    keep = torch.tensor([0, 2])
+    logits = state(then, torch.tensor([0, 0, 2, 2]), keep)
+    history = torch.stack((torch.zeros(2, 2, dtype=torch.int64), then.view(2, 2)), dim=2)
+    assert (logits - read_again(pair.ours, pair.memory[keep], history)).abs().max() < 2e-4
