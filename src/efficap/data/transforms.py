@@ -64,10 +64,11 @@ class EvaluationTransform:
 
     def __call__(self, picture: Picture) -> Tensor:
         """A picture of any size to (3, S, S) uint8."""
-        cut = self.cut(picture.width, picture.height)
-        pixels = F.resize(
-            picture.pixels(), [cut.height, cut.width], interpolation=self.interpolation, antialias=True
-        )
+        return self.square(picture.pixels(), self.cut(picture.width, picture.height))
+
+    def square(self, pixels: Tensor, cut: Resized) -> Tensor:
+        """A decoded picture, (3, H, W) uint8, to (3, S, S)."""
+        pixels = F.resize(pixels, [cut.height, cut.width], interpolation=self.interpolation, antialias=True)
         return F.crop(pixels, cut.top, cut.left, self.image_size, self.image_size)
 
 
@@ -114,16 +115,14 @@ class TrainingTransform:
         pixels = picture.pixels(self._at_least(picture, crop) if self.scaled_decoding else None)  # (3, H, W)
         down, across = pixels.shape[1] / picture.height, pixels.shape[2] / picture.width  # 1 where not scaled
         top, left = round(crop.top * down), round(crop.left * across)
-        pixels = F.resized_crop(
-            pixels,
-            top,
-            left,
-            max(1, round((crop.top + crop.height) * down) - top),
-            max(1, round((crop.left + crop.width) * across) - left),
-            [self.image_size, self.image_size],
-            interpolation=self.interpolation,
-            antialias=True,
-        )
+        height = max(1, round((crop.top + crop.height) * down) - top)
+        width = max(1, round((crop.left + crop.width) * across) - left)
+        return self.square(F.crop(pixels, top, left, height, width), crop)
+
+    def square(self, pixels: Tensor, crop: Crop) -> Tensor:
+        """The part of a picture that was cut out, (3, h, w) uint8, to (3, S, S)."""
+        size = [self.image_size, self.image_size]
+        pixels = F.resize(pixels, size, interpolation=self.interpolation, antialias=True)
         return pixels.flip(2) if crop.flip else pixels
 
     def _at_least(self, picture: Picture, crop: Crop) -> int:

@@ -181,9 +181,7 @@ class ShardBatches:
     def _decoder(self, batches: Iterator[tuple[list[bytes], list[Cut]]]) -> DaliDecoder:
         return DaliDecoder(
             batches,
-            training=isinstance(self.transform, TrainingTransform),
-            image_size=self.transform.image_size,
-            interpolation=self.transform.interpolation.value,
+            self.transform,
             batch_size=self.batch_size,
             num_threads=self.num_threads,
             device=self.device,
