@@ -141,6 +141,6 @@ def test_one_jobs_mistake_leaves_the_sweep_going_and_its_exit_code_tells(
 def test_help_names_the_groups_and_the_commands(script: str, tmp_path: Path) -> None:
     result = run_alone(script, "--help", cwd=tmp_path)
     assert result.returncode == 0
-    assert "decoding: beam, greedy, nucleus" in result.stdout
+    assert "decoding: beam, constrained, diverse, greedy, nucleus" in result.stdout
     assert "python eval.py run=" in result.stdout
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"

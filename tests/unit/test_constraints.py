@@ -121,12 +121,16 @@ def test_a_phrase_in_the_prefix_or_across_its_end_counts() -> None:
     assert caption[:4] == [BOS, 5, 6, 7]
 
 
-def test_more_captions_of_an_image_all_say_the_words() -> None:
+@pytest.mark.parametrize(
+    "required", [["12", "9 4"], ["9 12", "9 4"]]
+)  # also where both need the same word next
+def test_more_captions_of_an_image_are_distinct_and_say_the_words(required: list[str]) -> None:
     model = Recurrent(images=4, vocabulary=20, seed=1, eos_bonus=2.0)
-    beam = constrained("12", "9 4", num_return_sequences=6, max_tokens=10)
+    model.bias[[4, 9, 12]] += 3.0
+    beam = constrained(*required, num_return_sequences=6, max_tokens=10)
     for rows in captions(run(beam, model.step(), ids(4))):
         assert len({tuple(caption) for caption in rows}) == 6
-        assert all(contains(caption, [12]) and contains(caption, [9, 4]) for caption in rows)
+        assert all(contains(caption, part) for caption in rows for part in numbers(required))
 
 
 def test_a_word_is_said_where_the_model_likes_it_best() -> None:
@@ -147,6 +151,14 @@ def test_banned_words_do_not_lead_into_a_dead_end() -> None:
     assert not contains(caption, [5, 6])
 
 
+def test_a_word_that_can_only_come_first_comes_first() -> None:
+    banned = [f"{word} 6" for word in (0, 2, 3, 4, 5)]
+    beam = constrained("6", "5", banned=banned, num_beams=1, max_tokens=9)
+    [[caption]] = captions(run(beam, constant_step(hating(7, 6)), ids(1), bos_id=EOS))
+    assert caption[:2] == [EOS, 6]
+    assert 5 in caption
+
+
 def test_required_words_may_repeat_a_sequence_and_others_may_not() -> None:
     logits = hating(12, 6)
     logits[5], logits[7] = 20.0, 20.0
@@ -157,25 +169,40 @@ def test_required_words_may_repeat_a_sequence_and_others_may_not() -> None:
     assert len(set(others)) == len(others)
 
 
-def test_a_spelling_for_the_beginning_counts_only_there() -> None:
-    class Cased(Numbers):
-        def usual_spellings(self, phrase: str) -> list[list[int]]:
-            return [[8, 9], [BOS, 10]]  # inside a caption two tokens, at its beginning one
+class TwoWays(Numbers):
+    """Anything is [8, 9] inside a caption, and [10] at its beginning."""
 
+    def usual_spellings(self, phrase: str) -> list[list[int]]:
+        return [[8, 9], [EOS, 10]]
+
+
+def in_two_ways(beam: Constrained, step: Any) -> list[int]:
+    decoded = beam.decode(step, ids(1), bos_id=EOS, eos_id=EOS, device="cpu", vocabulary=TwoWays())
+    return captions(decoded)[0][0]
+
+
+def test_a_spelling_for_the_beginning_counts_only_there() -> None:
     logits = hating(12, 8, 9)
-    decoded = constrained("x", max_tokens=3).decode(
-        constant_step(logits), ids(1), bos_id=BOS, eos_id=EOS, device="cpu", vocabulary=Cased()
-    )
-    assert decoded.tokens[0, 0, :2].tolist() == [BOS, 10]
+    assert in_two_ways(constrained("x", max_tokens=3), constant_step(logits))[:2] == [EOS, 10]
+    logits[10] = 9.0
+    assert contains(in_two_ways(constrained("x", max_tokens=9, prefix="3"), constant_step(logits)), [8, 9])
     logits[10] = -300.0
-    decoded = constrained("x", max_tokens=9, num_beams=3).decode(
-        constant_step(logits), ids(1), bos_id=BOS, eos_id=EOS, device="cpu", vocabulary=Cased()
-    )
-    assert contains(decoded.tokens[0, 0].tolist(), [8, 9])
+    assert contains(in_two_ways(constrained("x", max_tokens=9), constant_step(logits)), [8, 9])
     with pytest.raises(InputError, match="takes 5 tokens"):
-        constrained("x", max_tokens=4, prefix="3").decode(
-            never_called, ids(1), bos_id=BOS, eos_id=EOS, device="cpu", vocabulary=Cased()
-        )
+        in_two_ways(constrained("x", max_tokens=4, prefix="3"), never_called)
+
+
+def test_bos_is_no_progress() -> None:
+    phrases = Phrases([[[8, 9], [EOS, 10, 11]]], [], bos_id=EOS, device=torch.device("cpu"))
+    for tokens, progress in (
+        ([EOS], 0),
+        ([EOS, 10], 1),
+        ([EOS, 10, 11], 2),
+        ([EOS, 8], 1),
+        ([EOS, 3, 10], 0),
+    ):
+        rows = torch.tensor([tokens])
+        assert phrases.progress(phrases.begun(rows), phrases.said(rows)).tolist() == [progress]
 
 
 @settings(max_examples=200, deadline=None)
