@@ -89,7 +89,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
 
 
 def _captioned(
-    loader: Iterable[list[tuple[Path, Tensor | None, str]]],
+    loader: Iterable[list[tuple[str, Tensor | None, str]]],
     writer: CaptionWriter,
     device: torch.device,
     total: int,
@@ -97,14 +97,8 @@ def _captioned(
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task("Captioning", total=total)
         for loaded in loader:
-            read = [(file, pixels) for file, pixels, _ in loaded if pixels is not None]
-            written: dict[Path, list[WrittenCaption]] = {}
-            if read:
-                images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
-                captions = writer.write(images, [str(file) for file, _ in read])
-                written = dict(zip((file for file, _ in read), captions, strict=True))
-            for file, _, error in loaded:
-                yield CaptionedFile(file, written.get(file, []), error)
+            for name, captions, error in writer.write_loaded(loaded, device):
+                yield CaptionedFile(Path(name), captions, error)
             progress.advance(bar, len(loaded))
 
 
@@ -132,8 +126,8 @@ def find_pictures(images: str) -> list[Path]:
     return sorted(found)
 
 
-class Pictures(Dataset[tuple[Path, Tensor | None, str]]):
-    """Each file as (file, (3, H, W) uint8, ""), or (file, None, reason)."""
+class Pictures(Dataset[tuple[str, Tensor | None, str]]):
+    """Each file as (name, (3, H, W) uint8, ""), or (name, None, reason)."""
 
     def __init__(self, files: list[Path], transform: EvaluationTransform) -> None:
         self.files, self.transform = files, transform
@@ -141,12 +135,12 @@ class Pictures(Dataset[tuple[Path, Tensor | None, str]]):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitem__(self, index: int) -> tuple[Path, Tensor | None, str]:
+    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
         file = self.files[index]
         try:
-            return file, self.transform(Picture(file)), ""
+            return str(file), self.transform(Picture(file)), ""
         except PictureError as error:
-            return file, None, str(error)
+            return str(file), None, str(error)
 
 
 def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:

@@ -86,13 +86,13 @@ def caption_shards(
         for tar in tars:
             with _claimed(folder, tar) as mine:
                 if mine:
-                    rows = []
+                    rows, size = [], tar.stat().st_size
                     for row, share in _captioned(tar, writer, transform, batch_size, num_workers, device):
                         rows.append(row)
                         pictures += 1
                         elapsed = progress.tasks[bar].elapsed or 1e-9
                         rate = f"{pictures / elapsed:.1f} pictures/s"
-                        progress.update(bar, advance=share * tar.stat().st_size, rate=rate)
+                        progress.update(bar, advance=share * size, rate=rate)
                     _write(folder, tar, rows)
                 else:
                     progress.update(bar, total=(progress.tasks[bar].total or 0) - tar.stat().st_size)
@@ -157,14 +157,8 @@ def _captioned(
     )
     share = 1 / max(1, len(contents.samples))
     for loaded in loader:
-        read = [(key, pixels) for key, pixels, _ in loaded if pixels is not None]
-        written: dict[str, list[WrittenCaption]] = {}
-        if read:
-            images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
-            captions = writer.write(images, [f"{tar.stem}/{key}" for key, _ in read])
-            written = dict(zip((key for key, _ in read), captions, strict=True))
-        for key, _, error in loaded:
-            yield _row(key, written.get(key, []), error), share
+        for name, captions, error in writer.write_loaded(loaded, device):
+            yield _row(name.removeprefix(f"{tar.stem}/"), captions, error), share
     if contents.problem is not None:
         yield _row("", [], contents.problem), 0.0
 
@@ -180,7 +174,7 @@ def _row(key: str, captions: list[WrittenCaption], error: str) -> dict[str, Any]
 
 
 class TarPictures(Dataset[tuple[str, Tensor | None, str]]):
-    """Each sample of a tar as (key, (3, S, S) uint8, ""), or (key, None, reason)."""
+    """Each sample of a tar as (tar/key, (3, S, S) uint8, ""), or (tar/key, None, reason)."""
 
     def __init__(self, tar: Path, samples: list[TarSample], transform: EvaluationTransform) -> None:
         self.tar, self.samples, self.transform = tar, samples, transform
@@ -190,6 +184,7 @@ class TarPictures(Dataset[tuple[str, Tensor | None, str]]):
 
     def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
         sample = self.samples[index]
+        name = f"{self.tar.stem}/{sample.key}"
         try:
             if sample.error is not None:
                 raise sample.error
@@ -198,9 +193,9 @@ class TarPictures(Dataset[tuple[str, Tensor | None, str]]):
             with self.tar.open("rb") as file:
                 file.seek(sample.image.offset)
                 data = file.read(sample.image.size)
-            return sample.key, self.transform(Picture(data)), ""
+            return name, self.transform(Picture(data)), ""
         except Broken as error:
-            return sample.key, None, str(error)
+            return name, None, str(error)
 
 
 _SCHEMA = pa.schema(

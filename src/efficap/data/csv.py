@@ -169,8 +169,7 @@ class CSVDataModule(CaptionDataModule):
             for image_id, file, error in zip(table.image_ids, files, reasons, strict=True):
                 if error is not None:
                     broken.add(image_id)
-                    detail = str(error).removeprefix(error.reason).removeprefix(": ")
-                    self.bad_samples.add(str(file), error.reason, detail)
+                    self.bad_samples.add(str(file), error.reason, error.detail)
         return table.without(broken) if broken else table
 
     def _learnable(self, table: CaptionTable) -> CaptionTable:
@@ -180,8 +179,8 @@ class CSVDataModule(CaptionDataModule):
         if not self.text.left_out:
             return table
         kept = [row for row in zip(table.image_ids, table.files, chosen, strict=True) if row[2]]
-        image_ids, files, captions = ([row[n] for row in kept] for n in range(3))
-        return CaptionTable.of(table.split, image_ids, files, captions)  # type: ignore[arg-type]
+        image_ids, files = [row[0] for row in kept], [row[1] for row in kept]
+        return CaptionTable.of(table.split, image_ids, files, [row[2] for row in kept])
 
     def notes(self) -> list[str]:
         lines = super().notes()
@@ -197,21 +196,12 @@ class CSVDataModule(CaptionDataModule):
 
     def train_dataloader(self) -> CheckedLoader:
         rows = self._rows["train"]
-        rank, world = self._ranks
-        order = BatchOrder(
-            Shuffled(len(rows), self.seed),
-            batch_size=self.batch_size,
-            rank=rank,
-            world=world,
-            steps_per_epoch=self.steps_per_epoch,
-        )
+        order = self._training_order(Shuffled(len(rows), self.seed))
         return self._loader(rows, self.training_transform, order)
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
         rows = self._rows[split]
-        rank, world = self._ranks
-        order = EvaluationOrder(len(rows), batch_size=self.batch_size, rank=rank, world=world)
-        return self._loader(rows, self.evaluation_transform, order)
+        return self._loader(rows, self.evaluation_transform, self._evaluation_order(len(rows)))
 
     def _loader(
         self,

@@ -162,7 +162,7 @@ class CaptionedImages(Dataset[Any]):
     def collate(self, items: list[Any]) -> tuple[CaptionBatch | None, list[tuple[str, str, str]]]:
         """A batch of the items that could be read, None where there is none; file, reason, detail of the others."""
         bad = [
-            (self.rows["file", index], error.reason, str(error).removeprefix(f"{error.reason}: "))
+            (self.rows["file", index], error.reason, error.detail)
             for error, index, _ in items
             if isinstance(error, PictureError)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
@@ -15,11 +16,13 @@ from PIL import Image
 from efficap.batch import CaptionBatch
 from efficap.data.bad_samples import BadSamples
 from efficap.data.loader import Batches, CheckedLoader
-from efficap.data.order import BatchOrder, EvaluationOrder
+from efficap.data.order import BatchOrder, EvaluationOrder, Order
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
+
+_log = logging.getLogger(__name__)
 
 
 class CaptionData(pl.LightningDataModule, ABC):
@@ -194,6 +197,21 @@ class CaptionDataModule(CaptionData):
     @property
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _training_order(self, order: Order) -> BatchOrder:
+        rank, world = self._ranks
+        batches = BatchOrder(
+            order, batch_size=self.batch_size, rank=rank, world=world, steps_per_epoch=self.steps_per_epoch
+        )
+        if batches.lost and rank == 0:
+            _log.warning(
+                "%d samples an epoch are left over: %d processes cannot share them", batches.lost, world
+            )
+        return batches
+
+    def _evaluation_order(self, size: int) -> EvaluationOrder:
+        rank, world = self._ranks
+        return EvaluationOrder(size, batch_size=self.batch_size, rank=rank, world=world)
 
     def _checked_loader(self, batches: Batches, order: BatchOrder | EvaluationOrder) -> CheckedLoader:
         def epoch() -> int:

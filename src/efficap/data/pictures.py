@@ -30,11 +30,12 @@ class PictureError(OSError):
     Attributes:
         reason: a word or two to count by: ``missing``, ``empty``, ``no picture``, ``truncated``, ``too large``
             or ``unreadable``.
+        detail: more about it.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 class Picture:

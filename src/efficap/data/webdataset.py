@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from rich.console import Console
 
 from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
@@ -150,7 +149,7 @@ class WebDatasetDataModule(CaptionDataModule):
         lines = super().notes()
         if not torch.cuda.is_available():
             lines.append(
-                "no GPU: DALI decodes on the CPU; data=csv with a table is as fast there, and faster on large JPEGs"
+                "no GPU: DALI decodes on the CPU, where data=csv is as fast and needs no shards (docs/benchmarks.md)"
             )
         return lines
 
@@ -161,25 +160,12 @@ class WebDatasetDataModule(CaptionDataModule):
         return Image.open(io.BytesIO(self.reader(split).read(self._numbers[split][image_id]).image))
 
     def train_dataloader(self) -> CheckedLoader:
-        reader = self.reader("train")
-        rank, world = self._ranks
-        order = BatchOrder(
-            ShuffledShards(reader.counts, self.seed, self.shuffle_shards),
-            batch_size=self.batch_size,
-            rank=rank,
-            world=world,
-            steps_per_epoch=self.steps_per_epoch,
-        )
-        if order.lost:
-            Console(stderr=True).print(
-                f"{order.lost} samples an epoch are left over: {world} processes cannot share them"
-            )
+        counts = self.reader("train").counts
+        order = self._training_order(ShuffledShards(counts, self.seed, self.shuffle_shards))
         return self._loader("train", self.training_transform, order)
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
-        rank, world = self._ranks
-        size = len(self.reader(split))
-        order = EvaluationOrder(size, batch_size=self.batch_size, rank=rank, world=world)
+        order = self._evaluation_order(len(self.reader(split)))
         return self._loader(split, self.evaluation_transform, order)
 
     def _loader(

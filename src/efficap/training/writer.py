@@ -6,6 +6,7 @@ B images, n captions of each, T tokens, N latent positions.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,6 +93,18 @@ class CaptionWriter:
                 file=sys.stderr,
             )
         return written
+
+    def write_loaded(
+        self, loaded: list[tuple[str, Tensor | None, str]], device: torch.device
+    ) -> Iterator[tuple[str, list[WrittenCaption], str]]:
+        """Name, captions and error of each picture that a loader gave as name, (3, H, W) pixels or None, and error."""
+        read = [(name, pixels) for name, pixels, _ in loaded if pixels is not None]
+        written: Iterator[list[WrittenCaption]] = iter(())
+        if read:
+            images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
+            written = iter(self.write(images, [name for name, _ in read]))
+        for name, pixels, error in loaded:
+            yield name, [] if pixels is None else next(written), error
 
     def _write(self, images: Tensor, image_ids: list[str], attention: bool) -> list[list[WrittenCaption]]:
         decoded = self.decoding.decode(

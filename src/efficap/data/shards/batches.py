@@ -139,8 +139,7 @@ class ShardBatches:
                     continue  # the text's filters have counted it
                 read.encoded.append(self._encoded(sample))
             except Broken as error:
-                detail = str(error).removeprefix(error.reason).removeprefix(": ")
-                read.bad.append((self.reader.name(number), error.reason, detail))
+                read.bad.append((self.reader.name(number), error.reason, error.detail))
                 continue
             read.samples.append(sample)
             read.cuts.append(self._cut(sample, time))
@@ -194,8 +193,7 @@ class ShardBatches:
             try:
                 rescued.encoded.append(self._by_pillow(sample))
             except Broken as error:
-                detail = str(error).removeprefix(error.reason).removeprefix(": ")
-                rescued.bad.append((self.reader.name(sample.number), error.reason, detail))
+                rescued.bad.append((self.reader.name(sample.number), error.reason, error.detail))
                 continue
             self._through_pillow.add(sample.number)
             rescued.samples.append(sample)

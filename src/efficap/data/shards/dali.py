@@ -57,12 +57,10 @@ class DaliDecoder:
         self.transform, self.device = transform, device
         self._cuts: deque[Sequence[Cut]] = deque()
         training, on_gpu = isinstance(transform, TrainingTransform), device.type == "cuda"
-        inputs = (
-            (4 if on_gpu else 3) if training else (3 if on_gpu else 1)
-        )  # what DALI needs to know of a batch
-        feed = (
-            _inputs(batch, np.int32 if training else np.float32)[:inputs] for batch in self._noted(batches)
-        )
+        # What DALI needs to know of a batch: without a GPU it neither resizes nor mirrors.
+        inputs = (4 if training else 3) if on_gpu else (3 if training else 1)
+        sizes = np.int32 if training else np.float32
+        feed = (_inputs(batch, sizes)[:inputs] for batch in self._noted(batches))
         self._pipeline = _build(
             feed,
             inputs,

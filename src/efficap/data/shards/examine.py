@@ -102,8 +102,7 @@ def examine(tar: Path, *, max_pixels: int, on_sample: OnSample | None = None) ->
             try:
                 rows.append(_examine(file, tar, sample, max_pixels, on_sample))
             except Broken as error:
-                detail = str(error).removeprefix(error.reason).removeprefix(": ")
-                bad.append(BadSample(str(tar), sample.key, error.reason, detail))
+                bad.append(BadSample(str(tar), sample.key, error.reason, error.detail))
     header = IndexHeader(
         VERSION,
         stat.st_size,

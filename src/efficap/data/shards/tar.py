@@ -16,11 +16,11 @@ TEXT_SUFFIX, JSON_SUFFIX = ".txt", ".json"
 
 
 class SampleError(ValueError):
-    """A sample that cannot be used; like `PictureError`, with a reason to count by."""
+    """A sample that cannot be used; like `PictureError`, with a reason to count by and a detail."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
+        self.reason, self.detail = reason, detail
 
 
 Broken = (PictureError, SampleError)
