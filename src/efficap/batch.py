@@ -16,7 +16,8 @@ class CaptionBatch:
     """Images with K captions each; every loader yields it and the model takes nothing else.
 
     Attributes:
-        images: (B, 3, H, W) uint8, RGB as decoded and cropped; the encoder normalises them.
+        images: (B, 3, H, W) uint8, RGB as decoded and cropped; the encoder normalises them. With
+            data.feature_cache (B, C, h, w) bfloat16, the feature maps that the frozen encoder made of them.
         tokens: (B, K, T) int64, each caption ``BOS w1 … wn EOS`` and then padding.
         lengths: (B, K) int64, valid tokens with BOS and EOS; 0 where an image has fewer than K captions.
         image_ids: B keys, unique in their split.
@@ -30,8 +31,9 @@ class CaptionBatch:
     references: list[list[str]] | None = None
 
     def __post_init__(self) -> None:
-        assert self.images.shape[1:2] == (3,), self.images.shape
-        assert self.images.dtype == torch.uint8, self.images.dtype
+        assert self.images.ndim == 4, self.images.shape
+        assert self.images.dtype in (torch.uint8, torch.bfloat16), self.images.dtype
+        assert self.images.dtype == torch.bfloat16 or self.images.shape[1] == 3, self.images.shape
         assert self.tokens.ndim == 3
         assert self.lengths.shape == self.tokens.shape[:2]
         assert len(self.images) == len(self.tokens) == len(self.image_ids)

@@ -191,11 +191,11 @@ def test_a_split_that_is_not_there_names_those_that_are(trained: tuple[Path, Pat
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_an_average_that_never_moves_is_refused(colour_table: Path, tmp_path: Path, value: float) -> None:
     with pytest.raises(InputError, match=f"ema_decay={value} must be at least 0 and below 1"):
-        train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), f"ema_decay={value}"))
+        train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), f"training.ema_decay={value}"))
 
 
 def test_the_averaged_weights_are_validated_and_kept(colour_table: Path, tmp_path: Path) -> None:
-    run = train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), "ema_decay=0.9"))
+    run = train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), "training.ema_decay=0.9"))
     checkpoint = torch.load(run / "checkpoints/best.ckpt", weights_only=True)
     averaged, current = checkpoint["state_dict"], checkpoint["current_model_state"]
     key = "captioner.bridge.project.weight"

@@ -63,7 +63,11 @@ def train(cfg: dict[str, Any]) -> Path:
     write_run(run_dir, cfg, tokenizer)
     _print_plan(captioner, cfg, tokenizer, data)
     module = CaptionModule(
-        captioner, tokenizer, decoding, optimizer=cfg["optimizer"], label_smoothing=cfg["label_smoothing"]
+        captioner,
+        tokenizer,
+        decoding,
+        optimizer=cfg["optimizer"],
+        label_smoothing=cfg["training"]["label_smoothing"],
     )
     try:
         loggers = _build_loggers(cfg, run_dir)
@@ -172,8 +176,8 @@ def _build_trainer(
 def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> list[Callback]:
     pictures = functools.partial(data.picture, "val")
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
-    if cfg["ema_decay"] is not None:
-        callbacks.append(ExponentialMovingAverage(cfg["ema_decay"]))
+    if cfg["training"]["ema_decay"] is not None:
+        callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
     return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, pictures), BestCheckpoint(run_dir)]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from efficap.errors import InputError
@@ -42,8 +43,10 @@ class Captioner(nn.Module):
         )
 
     def encode(self, images: Tensor) -> Tensor:
-        """Map (B, 3, H, W) uint8 pictures to their (B, N, D) memory."""
-        return self.bridge(self.encoder(images))
+        """Map (B, 3, H, W) uint8 pictures, or the (B, C, h, w) feature maps of such, to their (B, N, D) memory."""
+        if images.dtype == torch.uint8:
+            return self.bridge(self.encoder(images))
+        return self.bridge(images.to(self.bridge.norm_in.weight.dtype))
 
     def hidden_states(self, images: Tensor, tokens: Tensor) -> Tensor:
         """The decoder's last hidden states, (B, K, T, D), of K captions of each picture, (B, K, T)."""

@@ -25,7 +25,7 @@ class ExponentialMovingAverage(WeightAveraging):
     def __init__(self, decay: float) -> None:
         if not 0 <= decay < 1:
             raise InputError(
-                f"ema_decay={decay} must be at least 0 and below 1, such as 0.999; null is no average"
+                f"training.ema_decay={decay} must be at least 0 and below 1, such as 0.999; null is no average"
             )
 
         def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
