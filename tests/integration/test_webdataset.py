@@ -32,7 +32,7 @@ from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.models.pretrained import build_captioner
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.losses import caption_loss
+from efficap.training.losses import batch_loss
 from efficap.training.module import CaptionModule
 
 pytestmark = pytest.mark.slow
@@ -122,10 +122,7 @@ def losses(data: CaptionDataModule, split: str) -> list[float]:
     found = []
     with torch.no_grad():
         for batch in data.evaluation_dataloader(split):
-            hidden = captioner.hidden_states(batch.images, batch.tokens[..., :-1])
-            head = captioner.decoder.wte.weight
-            loss, _ = caption_loss(hidden, head, batch.tokens, batch.lengths, label_smoothing=0.0)
-            found.append(float(loss))
+            found.append(float(batch_loss(captioner, batch, label_smoothing=0.0)))
     return found
 
 

@@ -5,23 +5,29 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import tiny_model
 from safetensors.torch import load_file
 from torch import Tensor
 
+from efficap.batch import CaptionBatch
 from efficap.errors import InputError
 from efficap.models.bridge import Bridge
 from efficap.models.captioner import Captioner
 from efficap.models.encoder import EncoderSpec
 from efficap.models.gpt2 import GPT2, DecodingCache
 from efficap.models.pretrained import build_captioner, gpt2_state_dict
-from efficap.training.losses import caption_loss
+from efficap.training.losses import batch_loss
 
 VOCAB = 97
 
 
 def random_images(count: int, size: int = 64) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
+
+
+def batch_of(images: Tensor, tokens: Tensor, lengths: Tensor) -> CaptionBatch:
+    return CaptionBatch(images, tokens, lengths, [str(place) for place in range(len(images))])
 
 
 def randomise(module: torch.nn.Module) -> None:
@@ -113,8 +119,7 @@ def test_k_captions_in_a_batch_give_the_loss_and_gradients_of_k_pairs() -> None:
 
     def loss_and_gradients(images: Tensor, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, list[Tensor]]:
         captioner.zero_grad()
-        hidden = captioner.hidden_states(images, tokens[..., :-1])
-        loss, _ = caption_loss(hidden, captioner.decoder.wte.weight, tokens, lengths, label_smoothing=0.1)
+        loss = batch_loss(captioner, batch_of(images, tokens, lengths), label_smoothing=0.1)
         loss.backward()
         return loss.detach(), [p.grad.clone() for p in captioner.parameters() if p.grad is not None]
 
@@ -123,6 +128,30 @@ def test_k_captions_in_a_batch_give_the_loss_and_gradients_of_k_pairs() -> None:
     pair_loss, pair_gradients = loss_and_gradients(*pairs)
     assert abs(loss - pair_loss) < 1e-5
     for one, other in zip(gradients, pair_gradients, strict=True):
+        assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_loss_and_gradients_are_those_of_padded_captions_and_all_logits(label_smoothing: float) -> None:
+    captioner = build_captioner(tiny_model(), VOCAB).eval()
+    randomise(captioner.decoder)
+    images, tokens = random_images(3), torch.randint(0, VOCAB, (3, 2, 9))
+    lengths = torch.tensor([[9, 2], [5, 0], [7, 8]])
+    found = []
+    for padded in (False, True):
+        captioner.zero_grad()
+        if padded:
+            is_target = torch.arange(1, 9) < lengths[..., None]  # (B, K, T - 1)
+            targets = tokens[..., 1:].masked_fill(~is_target, -100)
+            logits = captioner(images, tokens[..., :-1])  # (B, K, T - 1, V)
+            loss = F.cross_entropy(logits.flatten(0, 2), targets.flatten(), label_smoothing=label_smoothing)
+        else:
+            loss = batch_loss(captioner, batch_of(images, tokens, lengths), label_smoothing=label_smoothing)
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in captioner.parameters() if p.grad is not None]))
+    (loss, gradients), (expected, expected_gradients) = found
+    assert abs(loss - expected) < 1e-5
+    for one, other in zip(gradients, expected_gradients, strict=True):
         assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
 
 
@@ -157,8 +186,7 @@ def test_one_batch_is_overfitted() -> None:
     tokens[..., 0] = 0
     optimizer = torch.optim.AdamW(captioner.parameters(), lr=3e-3)
     for _ in range(150):
-        hidden = captioner.hidden_states(images, tokens[..., :-1])
-        loss, _ = caption_loss(hidden, captioner.decoder.wte.weight, tokens, lengths, label_smoothing=0.0)
+        loss = batch_loss(captioner, batch_of(images, tokens, lengths), label_smoothing=0.0)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -14,6 +14,7 @@ from efficap.errors import InputError
 from efficap.models.bridge import Bridge
 from efficap.models.encoder import ImageEncoder
 from efficap.models.gpt2 import GPT2, DecodingCache
+from efficap.models.packing import Packing
 
 
 class Captioner(nn.Module):
@@ -44,19 +45,28 @@ class Captioner(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) uint8 pictures, or the (B, C, h, w) feature maps of such, to their (B, N, D) memory."""
-        if images.dtype == torch.uint8:
-            return self.bridge(self.encoder(images))
-        return self.bridge(images.to(self.bridge.norm_in.weight.dtype))
+        is_feature_map = images.dtype == torch.bfloat16
+        features = images.to(self.bridge.norm_in.weight.dtype) if is_feature_map else self.encoder(images)
+        return self.bridge(features)
 
-    def hidden_states(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The decoder's last hidden states, (B, K, T, D), of K captions of each picture, (B, K, T)."""
-        memory = self.decoder.project_memory(self.encode(images))
-        hidden: Tensor = self.decoder(tokens.flatten(0, 1), memory)  # (B*K, T, D)
-        return hidden.unflatten(0, tokens.shape[:2])
+    def hidden_states(self, memory: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
+        """The decoder's last hidden states, (n, D), at some places of K captions of each picture.
+
+        Args:
+            memory: (B, N, D), what `encode` made of the pictures.
+            tokens: (B, K, T) int64.
+            places: (n,) int64, ascending, of the flattened tokens; those before a place in its caption are among them.
+        """
+        rows = tokens.flatten(0, 1)  # (B*K, T)
+        packing = Packing(places, *rows.shape)
+        hidden: Tensor = self.decoder(rows, self.decoder.project_memory(memory), packing=packing)
+        return hidden
 
     def forward(self, images: Tensor, tokens: Tensor) -> Tensor:
-        """The (B, K, T, V) logits of the token after each; a loss that needs fewer starts from `hidden_states`."""
-        return self.decoder.logits(self.hidden_states(images, tokens))
+        """The (B, K, T, V) logits of the token after each; a loss needs fewer and starts from `hidden_states`."""
+        memory = self.decoder.project_memory(self.encode(images))
+        hidden: Tensor = self.decoder(tokens.flatten(0, 1), memory)  # (B*K, T, D)
+        return self.decoder.logits(hidden).unflatten(0, tokens.shape[:2])
 
     def cross_attention(self, images: Tensor, tokens: Tensor) -> Tensor:
         """Where the decoder looks as it reads captions (B, K, T) of (B, 3, H, W) pictures.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficap.errors import InputError
+from efficap.models.packing import Packing
 
 KeyValue = tuple[Tensor, Tensor]
 
@@ -141,7 +142,13 @@ class GPT2(nn.Module):
         """Project the (B, N, D) memory to each layer's (B, H, N, d) keys and values, once for all rows."""
         return [block.crossattention.project(memory) for block in self.h]  # type: ignore[union-attr, operator]
 
-    def forward(self, tokens: Tensor, memory: list[KeyValue], cache: DecodingCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        memory: list[KeyValue],
+        cache: DecodingCache | None = None,
+        packing: Packing | None = None,
+    ) -> Tensor:
         """Map (R, T) tokens to their (R, T, D) last hidden states; `logits` takes them further.
 
         Padding at the end needs no mask: no token sees a later one.
@@ -150,14 +157,18 @@ class GPT2(nn.Module):
             tokens: (R, T) int64; with a `cache`, the tokens that follow those in it.
             memory: what `project_memory` returned for the B images of these rows.
             cache: extended in place by these tokens.
+            packing: of these rows; then only valid tokens are worked on, and the result is (n, D).
         """
-        past = cache.length if cache else 0
+        if packing:
+            tokens, positions = tokens.flatten()[packing.places], packing.positions  # (n,) each
+        else:
+            past = cache.length if cache else 0
+            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
         if cache:
             cache.advance(tokens.shape[1])
-        positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (R, T, D)
+        x = self.drop(self.wte(tokens) + self.wpe(positions))  # (R, T, D), packed (n, D)
         for block, key_value in zip(self.h, cache.memory if cache else memory, strict=True):
-            x = block(x, key_value, cache)
+            x = block(x, key_value, cache, packing)
         return self.ln_f(x)
 
     def cross_attention(self, tokens: Tensor, memory: list[KeyValue]) -> Tensor:
@@ -166,7 +177,7 @@ class GPT2(nn.Module):
         weights = []
         for block, key_value in zip(self.h, memory, strict=True):
             assert isinstance(block, GPT2Block)
-            x = x + block.attn(block.ln_1(x), None)
+            x = x + block.attn(block.ln_1(x))
             looking = block.ln_cross_attn(x)
             weights.append(block.crossattention.weights(looking, key_value[0]))
             x = x + block.crossattention(looking, key_value)
@@ -192,9 +203,11 @@ class GPT2Block(nn.Module):
         self.ln_2 = nn.LayerNorm(n_embd)
         self.mlp = GPT2MLP(n_embd, dropout)
 
-    def forward(self, x: Tensor, memory: KeyValue, cache: DecodingCache | None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.crossattention(self.ln_cross_attn(x), memory)
+    def forward(
+        self, x: Tensor, memory: KeyValue, cache: DecodingCache | None, packing: Packing | None
+    ) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache, packing)
+        x = x + self.crossattention(self.ln_cross_attn(x), memory, packing)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -206,10 +219,15 @@ class SelfAttention(nn.Module):
         self.c_proj = nn.Linear(n_embd, n_embd)
         self.resid_dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, cache: DecodingCache | None) -> Tensor:
-        rows, length, width = x.shape
+    def forward(
+        self, x: Tensor, cache: DecodingCache | None = None, packing: Packing | None = None
+    ) -> Tensor:
+        qkv = self.c_attn(x)
+        if packing:
+            qkv = packing.unpack(qkv)
+        rows, length, width = qkv.shape[0], qkv.shape[1], x.shape[-1]
         images = len(cache.memory[0][0]) if cache else rows
-        qkv = self.c_attn(x).view(images, -1, 3, self.n_head, width // self.n_head)  # (B, G*T, 3, H, d)
+        qkv = qkv.view(images, -1, 3, self.n_head, width // self.n_head)  # (B, G*T, 3, H, d)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, H, G*T, d) each; without a cache a row stands for an image
         mask, is_causal = None, True
         if cache:
@@ -217,8 +235,8 @@ class SelfAttention(nn.Module):
             mask, is_causal = cache.mask, length > 1
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
-        x = self.c_proj(x.transpose(1, 2).reshape(rows, length, width))  # (R, T, D)
-        return self.resid_dropout(x)
+        x = x.transpose(1, 2).reshape(rows, length, width)  # (R, T, D)
+        return self.resid_dropout(self.c_proj(packing.pack(x) if packing else x))
 
 
 class CrossAttention(nn.Module):
@@ -244,14 +262,17 @@ class CrossAttention(nn.Module):
         scores = q @ k.transpose(-1, -2)[:, None] / math.sqrt(d)  # (B, G, H, T, N)
         return scores.softmax(dim=-1).flatten(0, 1)
 
-    def forward(self, x: Tensor, memory: KeyValue) -> Tensor:
+    def forward(self, x: Tensor, memory: KeyValue, packing: Packing | None = None) -> Tensor:
         k, v = memory  # (B, H, N, d)
-        rows, length, width = x.shape
-        q = self.q_attn(x).view(len(k), -1, self.n_head, width // self.n_head)  # (B, G*T, H, d)
+        q = self.q_attn(x)
+        if packing:
+            q = packing.unpack(q)
+        rows, length, width = q.shape
+        q = q.view(len(k), -1, self.n_head, width // self.n_head)  # (B, G*T, H, d)
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=dropout)  # (B, H, G*T, d)
-        x = self.c_proj(x.transpose(1, 2).reshape(rows, length, width))
-        return self.resid_dropout(x)
+        x = x.transpose(1, 2).reshape(rows, length, width)
+        return self.resid_dropout(self.c_proj(packing.pack(x) if packing else x))
 
 
 class GPT2MLP(nn.Module):

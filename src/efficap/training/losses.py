@@ -1,38 +1,89 @@
 """The loss of captions.
 
-B images, K captions of each, T tokens, D width, V vocabulary, n valid targets of the batch.
+B images, K captions of each, N positions of the memory, D width, V vocabulary, n valid targets of the batch, c of them
+at a time.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from efficap.batch import CaptionBatch
+from efficap.models.captioner import Captioner
+
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 
 
-def caption_loss(
-    hidden: Tensor, head: Tensor, tokens: Tensor, lengths: Tensor, *, label_smoothing: float
-) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of each next token, the mean over the valid ones of the batch.
+def batch_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float) -> Tensor:
+    """`caption_loss` of a batch, its pictures encoded once for all their captions."""
+    memory = captioner.encode(batch.images)  # (B, N, D)
+    hidden = captioner.hidden_states(memory, batch.tokens[..., :-1], batch.places)  # (n, D)
+    head = captioner.decoder.wte.weight
+    return caption_loss(hidden, head, batch.targets, label_smoothing=label_smoothing)
 
-    Only valid positions reach the output layer: padding costs nothing there and cannot change the loss.
+
+def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:
+    """Cross-entropy of each next token, the mean over those of the batch; 0 where there is none.
 
     Args:
-        hidden: (B, K, T - 1, D), what the decoder made of all tokens but each caption's last.
+        hidden: (n, D), what the decoder made of the tokens before.
         head: (V, D), the output layer's weight.
-        tokens: (B, K, T) int64.
-        lengths: (B, K) int64, valid tokens of each caption; 0 for a caption that is not there.
+        targets: (n,) int64.
         label_smoothing: 0 … 1, share of the target spread over the vocabulary (Szegedy et al., 2016).
 
     Returns:
-        The loss in nats a token (0 where the batch has no valid target), and n.
+        The loss in nats a token, float32.
     """
-    targets = tokens[..., 1:]  # (B, K, T - 1)
-    positions = torch.arange(targets.shape[-1], device=targets.device)
-    valid = positions < lengths[..., None] - 1  # (B, K, T - 1)
-    index = valid.flatten().nonzero().squeeze(1)  # (n,)
-    logits = F.linear(hidden.flatten(0, 2)[index], head)  # (n, V)
-    total = F.cross_entropy(
-        logits.float(), targets.flatten()[index], label_smoothing=label_smoothing, reduction="sum"
-    )
-    return total / max(1, len(index)), index.new_tensor(len(index))
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    with torch.autocast(device, enabled=False):
+        total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, label_smoothing)
+    return total / max(1, len(targets))
+
+
+class _SummedCrossEntropy(Function):
+    """The gradient is made with the loss, from a part of the logits at a time, so that they are never all held.
+
+    With a share e of the target spread out, a token's loss is logsumexp(z) - (1 - e) z_t - e mean(z), and its gradient
+    softmax(z) - (1 - e) [t] - e / V. torch's own linear_cross_entropy (2.15) knows no smoothing, and sums in bfloat16.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+        needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        weight = head.to(hidden.dtype)
+        total = torch.zeros((), device=hidden.device)
+        of_hidden: list[Tensor] = []
+        of_head: Tensor | None = None
+        for h, t in zip(
+            *(x.split(max(1, LOGITS_AT_ONCE // len(head))) for x in (hidden, targets)), strict=True
+        ):
+            z = F.linear(h, weight).float()  # (c, V)
+            log_sums = z.logsumexp(dim=1, keepdim=True)  # (c, 1)
+            of_target = z.gather(1, t[:, None])  # (c, 1)
+            total += (log_sums - (1 - smoothing) * of_target).sum()
+            if smoothing:
+                total -= smoothing * z.mean(dim=1).sum()
+            if not needs_gradient:
+                continue
+            z.sub_(log_sums).exp_().sub_(smoothing / len(head))
+            z.scatter_add_(1, t[:, None], z.new_full((len(t), 1), smoothing - 1))
+            slope = z.to(hidden.dtype)  # (c, V), of the loss by the logits
+            of_hidden.append(slope @ weight)
+            part = slope.T @ h  # (V, D)
+            of_head = part.to(head.dtype) if of_head is None else of_head.add_(part)
+        if of_head is not None:
+            ctx.save_for_backward(torch.cat(of_hidden), of_head)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+        of_hidden, of_head = ctx.saved_tensors
+        return of_hidden * gradient, of_head * gradient, None, None

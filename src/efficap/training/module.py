@@ -21,7 +21,7 @@ from efficap.decoding import Decoding
 from efficap.evaluation.scores import distinct_share, score_captions
 from efficap.models.captioner import Captioner
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.losses import caption_loss
+from efficap.training.losses import batch_loss
 from efficap.training.optim import build_adamw
 from efficap.training.writer import CaptionWriter
 
@@ -57,7 +57,7 @@ class CaptionModule(pl.LightningModule):
         self.references: dict[str, list[str]] = {}
 
     def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
-        loss, _count = self._loss(batch, self.label_smoothing)
+        loss = batch_loss(self.captioner, batch, label_smoothing=self.label_smoothing)
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 
@@ -65,8 +65,8 @@ class CaptionModule(pl.LightningModule):
         self.predictions, self.references = {}, {}
 
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
-        loss, count = self._loss(batch, label_smoothing=0.0)
-        self.log("val/loss", loss, prog_bar=True, batch_size=int(count), sync_dist=True)
+        loss = batch_loss(self.captioner, batch, label_smoothing=0.0)
+        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.places), sync_dist=True)
         written = self.writer.write(batch.images, batch.image_ids)
         assert batch.references is not None
         captions = (best.text for best, *_ in written)
@@ -83,16 +83,6 @@ class CaptionModule(pl.LightningModule):
                 value = math.nan  # never the best, and training goes on
             self.log(f"val/{metric}", value, prog_bar=True)
         self.log("val/distinct", distinct_share(list(self.predictions.values())))
-
-    def _loss(self, batch: CaptionBatch, label_smoothing: float) -> tuple[Tensor, Tensor]:
-        hidden = self.captioner.hidden_states(batch.images, batch.tokens[..., :-1])  # (B, K, T - 1, D)
-        return caption_loss(
-            hidden,
-            self.captioner.decoder.wte.weight,
-            batch.tokens,
-            batch.lengths,
-            label_smoothing=label_smoothing,
-        )
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_adamw(
