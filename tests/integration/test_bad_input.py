@@ -61,6 +61,8 @@ MISTAKES = {
     "model.bridge.n_heads=5": r"error: model.bridge.n_heads=5 must divide .*model.decoder.n_embd=32",
     "trainer=gpu": r"error: trainer.accelerator=gpu, but torch .* sees no GPU here; use trainer.accelerator=cpu",
     "decoding.max_tokens=99": r"error: decoding.max_tokens=99 must be at most .*model.decoder.n_positions=64",
+    "decoding.batch_size=0": r"error: decoding.batch_size=0 must be a whole number of at least 1; use null",
+    "decoding.batch_size=x": r"error: decoding.batch_size=x must be a whole number of at least 1; use null",
     "decoding=beam decoding.num_beams=0": r"error: decoding.num_beams=0 must be at least 1; use decoding=greedy",
     "trainer.max_epoch=2": r"error: trainer.max_epoch is no setting here; nearest: trainer.max_epochs",
     "trainer.max_epochs=many": r"error: trainer.max_epochs=many must be a whole number",
@@ -112,7 +114,26 @@ def test_missing_pictures_are_named_before_training(
         (
             "eval.py",
             ["run=.", "decoding.num_beams=5"],
-            "error: decoding.num_beams belongs to a choice that",
+            (
+                "error: decoding.num_beams belongs to a choice that is not made: add decoding=OPTION, one of beam, "
+                "constrained, diverse, greedy, nucleus, or put + before it to change the run's own: "
+                "+decoding.num_beams=VALUE"
+            ),
+        ),
+        (
+            "eval.py",
+            ["run=.", "decoding=beam", "decoding.num_beam=5"],
+            "error: decoding.num_beam is no setting here; nearest: decoding.num_beams",
+        ),
+        (
+            "eval.py",
+            ["run=.", "batch_size=8"],
+            "error: batch_size is no setting here; nearest: decoding.batch_size",
+        ),
+        (
+            "caption.py",
+            ["run=.", "images=.", "batch_size=8"],
+            "error: batch_size is no setting here; nearest: decoding.batch_size",
         ),
         ("caption.py", ["run=."], "error: images is not given: add images=VALUE"),
     ],

@@ -45,7 +45,7 @@ def command(run: Path, shards: Path, out: Path) -> list[str]:
         f"run={run}",
         f"images={shards}",
         f"out={out}",
-        "batch_size=4",
+        "decoding.batch_size=4",
         "num_workers=0",
         "accelerator=cpu",
     ]
@@ -138,3 +138,18 @@ def test_results_of_another_decoding_are_not_mixed(run_and_shards: tuple[Path, P
         InputError, match=r"holds captions of another decoding: .*; name another folder with out=DIR"
     ):
         caption(compose("caption", *settings, "decoding=beam"))
+    with pytest.raises(InputError, match=r"holds captions of another precision: .*; name another folder"):
+        caption(compose("caption", *settings, "precision=bfloat16", "accelerator=cpu"))
+
+
+def test_another_batch_size_goes_on(
+    run_and_shards: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = run_and_shards
+    settings = [f"run={run}", f"images={shards}/0000{{0..1}}.tar", f"out={tmp_path}", "num_workers=0"]
+    caption(compose("caption", *(s.replace("{0..1}", "0") for s in settings), "decoding.batch_size=2"))
+    quoted = [f"images='{shards}/0000{{0..1}}.tar'" if s.startswith("images") else s for s in settings]
+    caption(compose("caption", *quoted, "decoding.batch_size=5"))
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "6 pictures captioned; 2 of 2 shards are done" in said
+    assert len(lines(tmp_path)) == 12

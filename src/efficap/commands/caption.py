@@ -2,45 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import glob
-import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import functools
+import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
+from efficap.commands.caption_folder import (
+    CaptionedFile,
+    CaptionFolder,
+    Pictures,
+    find_pictures,
+    print_outcome,
+)
+from efficap.commands.caption_output import CaptioningBar, done_with
 from efficap.commands.caption_shards import caption_shards, names_shards
-from efficap.commands.run_dir import RunDirectory, choose_device
+from efficap.commands.run_dir import RunDirectory, choose_device, choose_precision
 from efficap.data.module import default_workers
-from efficap.data.pictures import Picture, PictureError
-from efficap.data.shards.tar import IMAGE_SUFFIXES
 from efficap.data.transforms import EvaluationTransform
-from efficap.decoding import build_decoding
+from efficap.decoding import Decoding, build_decoding
 from efficap.errors import InputError
-from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.models.pretrained import preprocessing
-from efficap.training.writer import CaptionWriter, WrittenCaption
-
-
-@dataclass(frozen=True, slots=True)
-class CaptionedFile:
-    """What became of one file: its captions, the best first, or the reason why there is none."""
-
-    file: Path
-    captions: list[WrittenCaption] = field(default_factory=list)
-    error: str = ""
-
-    @property
-    def caption(self) -> str:
-        return self.captions[0].text if self.captions else ""
+from efficap.training.writer import CaptionWriter
 
 
 def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
@@ -53,34 +40,38 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     """
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
-    settings = cfg.get("decoding") or run.config["decoding"]
+    precision = choose_precision(cfg["precision"], device)
+    settings = run.decoding(cfg["decoding"])
     decoding = build_decoding(settings)
-    in_shards = names_shards(cfg["images"])
-    files = [] if in_shards else find_pictures(cfg["images"])
-    tokenizer = run.tokenizer()
-    captioner = run.captioner(tokenizer, device)
+    load = functools.partial(_load_writer, run, decoding, device, precision)
+    record = done_with(run.path, settings, precision)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
-    writer = CaptionWriter(captioner, tokenizer, decoding)
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
-    if in_shards:
+    if names_shards(cfg["images"]):
+        writer, batch_size = load()
         caption_shards(
             writer,
             transform,
             cfg["images"],
             Path(cfg["out"]) if cfg["out"] else None,
             run.path,
-            batch_size=cfg["batch_size"],
+            batch_size=batch_size,
             num_workers=workers,
             device=device,
-            settings=settings,
+            record=record,
         )
         return []
+    files = find_pictures(cfg["images"])
     out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    loader = DataLoader(
-        Pictures(files, transform), batch_size=cfg["batch_size"], num_workers=workers, collate_fn=list
-    )
-    ordered = list(_captioned(loader, writer, device, len(files)))
-    _write(out, ordered, run)
+    folder = CaptionFolder(out, record)
+    remaining = folder.remaining(files)
+    if remaining:
+        _announce(out, named=bool(cfg["out"]), done=len(files) - len(remaining), files=len(files))
+        _caption_files(remaining, folder, load, transform, workers, device)
+    if remaining or not folder.is_finished:
+        folder.finish(run.config["name"])
+    ordered = [folder.results[str(file)] for file in files]
+    print_outcome(out, ordered, before=len(files) - len(remaining))
     if not any(result.captions for result in ordered):
         raise InputError(
             f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
@@ -88,100 +79,45 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     return ordered
 
 
-def _captioned(
-    loader: Iterable[list[tuple[str, Tensor | None, str]]],
-    writer: CaptionWriter,
+def _load_writer(
+    run: RunDirectory, decoding: Decoding, device: torch.device, precision: torch.dtype
+) -> tuple[CaptionWriter, int]:
+    """The writer, and the number of pictures that it takes at a time."""
+    tokenizer = run.tokenizer()
+    writer = CaptionWriter(run.captioner(tokenizer, device, precision), tokenizer, decoding)
+    side = run.config["model"]["image_size"]
+    return writer, writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+
+
+def _announce(out: Path, *, named: bool, done: int, files: int) -> None:
+    """Say what a later start needs to know, and what an earlier one has done."""
+    if not named:
+        print(f"captions go to {out}; if they are stopped, the same with out={out} goes on", file=sys.stderr)
+    elif done:
+        print(f"{done:,} of {files:,} files are done; going on with the others", file=sys.stderr)
+
+
+def _caption_files(
+    files: list[Path],
+    folder: CaptionFolder,
+    load: Callable[[], tuple[CaptionWriter, int]],
+    transform: EvaluationTransform,
+    num_workers: int,
     device: torch.device,
-    total: int,
-) -> Iterator[CaptionedFile]:
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("Captioning", total=total)
-        for loaded in loader:
-            for name, captions, error in writer.write_loaded(loaded, device):
-                yield CaptionedFile(Path(name), captions, error)
-            progress.advance(bar, len(loaded))
-
-
-def find_pictures(images: str) -> list[Path]:
-    """The files that `images` means: itself, all pictures below a folder, or what a glob matches, sorted.
-
-    Raises:
-        InputError: there is no such file, or no picture.
-    """
-    path = Path(images).expanduser()
-    if path.is_file():
-        return [path]
-    if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
-    else:
-        found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
-    if not found:
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
-        what = (
-            "holds no picture"
-            if path.is_dir()
-            else "is neither a file, nor a folder, nor a glob that matches one"
-        )
-        raise InputError(f"images={images} {what} ({kinds})")
-    return sorted(found)
-
-
-class Pictures(Dataset[tuple[str, Tensor | None, str]]):
-    """Each file as (name, (3, H, W) uint8, ""), or (name, None, reason)."""
-
-    def __init__(self, files: list[Path], transform: EvaluationTransform) -> None:
-        self.files, self.transform = files, transform
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> tuple[str, Tensor | None, str]:
-        file = self.files[index]
-        try:
-            return str(file), self.transform(Picture(file)), ""
-        except PictureError as error:
-            return str(file), None, str(error)
-
-
-def _write(out: Path, results: list[CaptionedFile], run: RunDirectory) -> None:
-    out.mkdir(parents=True, exist_ok=True)
-    rows = [
-        {"file": str(result.file), "caption": result.caption, "error": result.error} for result in results
-    ]
-    with open(out / "captions.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["file", "caption", "error"])
-        writer.writeheader()
-        writer.writerows(rows)
-    lines = (
-        json.dumps({**row, "captions": [written.as_row() for written in result.captions]}, ensure_ascii=False)
-        + "\n"
-        for row, result in zip(rows, results, strict=True)
+) -> None:
+    """Caption batch after batch; the folder has each before the next begins."""
+    writer, batch_size = load()
+    loader: DataLoader[Any] = DataLoader(
+        Pictures(files, transform), batch_size=batch_size, num_workers=num_workers, collate_fn=list
     )
-    (out / "captions.jsonl").write_text("".join(lines), encoding="utf-8")
-    failed = [result for result in results if result.error]
-    write_gallery(
-        out / "index.html",
-        _items(results),
-        title="Captions",
-        subtitle=f"{len(results) - len(failed):,} pictures, by {run.config['name']}",
-    )
-    console = Console()
-    for result in failed:
-        console.print(
-            f"no picture: {result.file} ({result.error})",
-            style="yellow",
-            soft_wrap=True,
-            highlight=False,
-            markup=False,
-        )
-    console.print(
-        f"{len(results) - len(failed):,} captioned, {len(failed):,} left out; "
-        f"in {out}: index.html, captions.csv, captions.jsonl",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
-    )
-
-
-def _items(results: list[CaptionedFile]) -> Iterator[GalleryItem]:
-    return (GalleryItem(result.file, result.caption) for result in results if not result.error)
+    try:
+        with CaptioningBar(f"Captioning {len(files):,} pictures", len(files)) as bar:
+            for loaded in loader:
+                batch = []
+                for name, captions, error in writer.write_loaded(loaded, device):
+                    batch.append(CaptionedFile(Path(name), captions, error))
+                    bar.count_picture(1)
+                folder.add(batch)
+    except KeyboardInterrupt:
+        print(f"interrupted; the same with out={folder.path} goes on", file=sys.stderr)
+        raise

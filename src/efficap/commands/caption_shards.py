@@ -18,18 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from efficap.commands.caption_output import CaptioningBar, as_row, check_record, keep_record
 from efficap.data.pictures import Picture
 from efficap.data.shards.names import find_shards
 from efficap.data.shards.tar import Broken, SampleError, TarSample, read_contents
 from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
-from efficap.training.writer import CaptionWriter, WrittenCaption
-
-RECORD = "captioning.json"
+from efficap.training.writer import CaptionWriter
 
 
 def names_shards(images: str) -> bool:
@@ -48,7 +46,7 @@ def caption_shards(
     batch_size: int,
     num_workers: int,
     device: torch.device,
-    settings: dict[str, Any],
+    record: dict[str, Any],
 ) -> None:
     """Write ``<shard>.parquet`` and ``<shard>.jsonl`` for every shard that has none yet.
 
@@ -61,63 +59,36 @@ def caption_shards(
         batch_size: pictures at a time.
         num_workers: loader processes.
         device: where the model lies.
-        settings: of the decoding, kept beside the results.
+        record: what the captions are made with, kept beside the results.
 
     Raises:
-        InputError: no such shards, two of one name, or a folder with results of another run or decoding.
+        InputError: no such shards, two of one name, or a folder with results of another run, decoding or precision.
     """
     tars = find_shards(shards, "images")
     if len({tar.stem for tar in tars}) < len(tars):
         raise InputError(f"images={shards}: two shards have the same name; caption their folders one by one")
     folder = out or run / "captions" / tars[0].parent.name
-    _check_record(folder, {"run": str(run), "decoding": settings})
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TextColumn("{task.fields[rate]}"),
-        TimeRemainingColumn(),
-    )
-    pictures = 0
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        total = sum(tar.stat().st_size for tar in tars)  # bytes: known without reading the tars
-        bar = progress.add_task(f"Captioning {len(tars):,} shards", total=total, rate="")
+    check_record(folder, record)
+    keep_record(folder, record)
+    total = sum(tar.stat().st_size for tar in tars)  # bytes: known without reading the tars
+    with CaptioningBar(f"Captioning {len(tars):,} shards", total) as bar:
         for tar in tars:
             with _claimed(folder, tar) as mine:
                 if mine:
                     rows, size = [], tar.stat().st_size
                     for row, share in _captioned(tar, writer, transform, batch_size, num_workers, device):
                         rows.append(row)
-                        pictures += 1
-                        elapsed = progress.tasks[bar].elapsed or 1e-9
-                        rate = f"{pictures / elapsed:.1f} pictures/s"
-                        progress.update(bar, advance=share * size, rate=rate)
+                        bar.count_picture(share * size)
                     _write(folder, tar, rows)
                 else:
-                    progress.update(bar, total=(progress.tasks[bar].total or 0) - tar.stat().st_size)
+                    bar.leave_out(tar.stat().st_size)
     done = sum(_results(folder, tar).is_file() for tar in tars)
-    console.print(
-        f"{pictures:,} pictures captioned; {done:,} of {len(tars):,} shards are done, in {folder}",
+    Console(stderr=True).print(
+        f"{bar.pictures:,} pictures captioned; {done:,} of {len(tars):,} shards are done, in {folder}",
         soft_wrap=True,
         highlight=False,
         markup=False,
     )
-
-
-def _check_record(folder: Path, record: dict[str, Any]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    file = folder / RECORD
-    if not file.is_file():
-        temporary = folder / f".{RECORD}.{os.getpid()}"
-        temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, file)
-    elif (found := json.loads(file.read_text(encoding="utf-8"))) != record:
-        differs = next(key for key in record if found.get(key) != record[key])
-        raise InputError(
-            f"{folder} holds captions of another {differs}: {found.get(differs)}, not {record[differs]}; "
-            "name another folder with out=DIR"
-        )
 
 
 @contextlib.contextmanager
@@ -158,19 +129,9 @@ def _captioned(
     share = 1 / max(1, len(contents.samples))
     for loaded in loader:
         for name, captions, error in writer.write_loaded(loaded, device):
-            yield _row(name.removeprefix(f"{tar.stem}/"), captions, error), share
+            yield as_row("key", name.removeprefix(f"{tar.stem}/"), captions, error), share
     if contents.problem is not None:
-        yield _row("", [], contents.problem), 0.0
-
-
-def _row(key: str, captions: list[WrittenCaption], error: str) -> dict[str, Any]:
-    best = captions[0].text if captions else ""
-    return {
-        "key": key,
-        "caption": best,
-        "error": error,
-        "captions": [written.as_row() for written in captions],
-    }
+        yield as_row("key", "", [], contents.problem), 0.0
 
 
 class TarPictures(Dataset[tuple[str, Tensor | None, str]]):

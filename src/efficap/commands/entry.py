@@ -95,11 +95,18 @@ def _one_line(error: BaseException, config_name: str) -> str:
 
 def _unknown_setting(key: str, config_name: str) -> str:
     group, _, rest = key.partition(".")
+    made = [arg for arg in sys.argv[1:] if rest and arg.startswith(f"{group}=")]
+    choices = [arg for arg in made if "," not in arg]  # a sweep makes several
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        known = _keys(hydra.compose(config_name))
-    if rest and group not in {name.partition(".")[0] for name in known} and (CONF / group).is_dir():
+        cfg = hydra.compose(config_name, choices, return_hydra_config=True)
+    choice = cfg.hydra.runtime.choices.get(group, "none to make")
+    known = _keys(OmegaConf.masked_copy(cfg, [str(name) for name in cfg if name != "hydra"]))
+    if rest and choice is None:
         options = ", ".join(sorted(file.stem for file in (CONF / group).glob("*.yaml")))
-        return f"{key} belongs to a choice that is not made: add {group}=OPTION, one of {options}"
+        return (
+            f"{key} belongs to a choice that is not made: add {group}=OPTION, one of {options}, or put + before "
+            f"it to change the run's own: +{key}=VALUE"
+        )
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     return f"{key} is no setting here{nearest}; all of them: python {config_name}.py --cfg job"

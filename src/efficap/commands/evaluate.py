@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from efficap.commands.run_dir import RunDirectory, choose_device
+from efficap.commands.run_dir import RunDirectory, choose_device, choose_precision
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding, build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
@@ -28,7 +28,6 @@ from efficap.evaluation.scores import (
     score_captions,
 )
 from efficap.models.pretrained import preprocessing
-from efficap.tokenizer import CaptionTokenizer
 from efficap.training.writer import CaptionWriter
 
 SHEET = 12  # pictures of sheet.png
@@ -44,17 +43,17 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     """
     run = RunDirectory(cfg["run"])
     device = choose_device(cfg["accelerator"])
-    decoding = build_decoding(cfg.get("decoding") or run.config["decoding"])
+    precision = choose_precision(cfg["precision"], device)
+    decoding = build_decoding(run.decoding(cfg["decoding"]))
     check_metrics(cfg["metrics"])
     check_java()
     tokenizer = run.tokenizer()
-    captioner = run.captioner(tokenizer, device)
-    split, data = cfg["split"], _prepared_data(run, cfg, tokenizer)
+    writer = CaptionWriter(run.captioner(tokenizer, device, precision), tokenizer, decoding)
+    split, data = cfg["split"], _prepared_data(run, cfg, writer, device)
 
     out = run.path / "eval" / split
     predictions: dict[str, str] = {}
     references: dict[str, list[str]] = {}
-    writer = CaptionWriter(captioner, tokenizer, decoding)
     batches = data.evaluation_dataloader(split)
     with torch.inference_mode():
         for batch in track(batches, f"Captioning {split}", console=Console(stderr=True), transient=True):
@@ -65,6 +64,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     write_predictions(out / "captions.json", predictions)
 
     scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(decoding)}
+    scores["precision"] = str(precision).removeprefix("torch.")
     scores |= score_captions(predictions, references, metrics=cfg["metrics"])
     if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
         scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
@@ -84,14 +84,28 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     return scores
 
 
-def _prepared_data(run: RunDirectory, cfg: dict[str, Any], tokenizer: CaptionTokenizer) -> CaptionData:
-    changes = dict(cfg["data"])
-    if cfg["batch_size"] is not None:
-        changes["batch_size"] = cfg["batch_size"]
-    data = run.data(changes)
+def _prepared_data(
+    run: RunDirectory, cfg: dict[str, Any], writer: CaptionWriter, device: torch.device
+) -> CaptionData:
+    """The split's data, in batches as the writer takes them where the command line does not size them itself."""
+    side = run.config["model"]["image_size"]
+    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
+    data = run.data(_sized(run.config["data"], cfg["data"], writer.find_batch_size(picture)))
     data.prepare_data()
-    data.prepare(tokenizer, **preprocessing(run.config["model"]), splits=[cfg["split"]])
+    data.prepare(writer.tokenizer, **preprocessing(run.config["model"]), splits=[cfg["split"]])
     return data
+
+
+def _sized(settings: dict[str, Any], changes: dict[str, Any], batch_size: int) -> dict[str, Any]:
+    """`changes` of a data set's settings, and in a mixture of those of its sources, with a batch size."""
+    if "sources" in settings:
+        below = changes.get("sources", {})
+        sources = {
+            name: _sized(source, below.get(name, {}), batch_size)
+            for name, source in settings["sources"].items()
+        }
+        return {**changes, "sources": sources}
+    return {"batch_size": batch_size, **changes} if "batch_size" in settings else changes
 
 
 def _shuffled_cider(
@@ -135,7 +149,9 @@ def _write_pages(
 
 
 def _described(decoding: Decoding) -> str:
-    options = (f"{name}={value}" for name, value in dataclasses.asdict(decoding).items())
+    settings = dataclasses.asdict(decoding)
+    del settings["batch_size"]  # changes no caption
+    options = (f"{name}={value}" for name, value in settings.items())
     return f"{decoding.method}: {', '.join(options)}"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,10 @@ _DATA_MODULES: dict[str, type[Any]] = {
 class RunDirectory:
     """Reads a run directory.
 
+    Args:
+        path: the directory.
+        setting: that names it, for messages.
+
     Attributes:
         path: the directory, links resolved.
         config: the resolved configuration of its training, plain values.
@@ -42,12 +47,12 @@ class RunDirectory:
         InputError: it does not exist or holds no configuration.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, setting: str = "run") -> None:
         self.path = Path(path).expanduser().resolve()
         file = self.path / CONFIG_FILE
         if not file.is_file():
             reason = "holds no config.yaml" if self.path.is_dir() else "does not exist"
-            raise InputError(f"run={path} {reason}; give a run directory, such as outputs/latest")
+            raise InputError(f"{setting}={path} {reason}; give a run directory, such as outputs/latest")
         try:
             self.config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
         except yaml.YAMLError as error:
@@ -58,9 +63,20 @@ class RunDirectory:
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
 
-    def captioner(self, tokenizer: CaptionTokenizer, device: torch.device) -> Captioner:
-        """The trained model on `device`, in evaluation mode."""
-        return load_captioner(self.path, self.config["model"], tokenizer.vocab_size).to(device)
+    def captioner(
+        self, tokenizer: CaptionTokenizer, device: torch.device, precision: torch.dtype = torch.float32
+    ) -> Captioner:
+        """The trained model on `device`, in evaluation mode, its weights in `precision`."""
+        captioner = load_captioner(self.path, self.config["model"], tokenizer.vocab_size)
+        return captioner.to(device, precision)
+
+    def decoding(self, changes: dict[str, Any]) -> dict[str, Any]:
+        """The settings of a decoding: those that the run validated with, some of them changed, or another method's.
+
+        Args:
+            changes: all settings of a method, its name among them, or some of the run's own.
+        """
+        return changes if "method" in changes else {**self.config["decoding"], **changes}
 
     def data(self, changes: dict[str, Any]) -> CaptionData:
         """The run's data module with some of its settings changed.
@@ -145,3 +161,28 @@ def check_accelerator(setting: str, accelerator: str) -> None:
         raise InputError(
             f"{setting}=gpu, but torch {torch.__version__} sees no GPU here; use {setting}=cpu or auto"
         )
+
+
+def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
+    """The dtype of the weights for ``float32``, ``bfloat16`` or None: bfloat16 on a GPU that computes in it.
+
+    Says on stderr where bfloat16 was asked for and is slow.
+
+    Raises:
+        InputError: another word.
+    """
+    if precision not in (None, "float32", "bfloat16"):
+        raise InputError(
+            f"precision={precision} must be float32, bfloat16, or null for bfloat16 on a GPU that has it"
+        )
+    if precision == "float32":
+        return torch.float32
+    if precision is None:
+        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if on_gpu else torch.float32
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print(
+            "precision=bfloat16 is slow on this CPU, which does not compute in it; precision=float32 is faster",
+            file=sys.stderr,
+        )
+    return torch.bfloat16

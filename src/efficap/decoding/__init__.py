@@ -7,7 +7,7 @@ decoded = decoding.decode(step, batch.image_ids, bos_id=bos, eos_id=eos, device=
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from efficap.decoding.beam import Beam
@@ -38,7 +38,8 @@ def build_decoding(settings: Mapping[str, Any]) -> Decoding:
                 f"decoding.{name}={value} is no option of decoding={method}, which takes {', '.join(taken)}; "
                 "remove it or choose another method"
             )
-    missing = [name for name in taken if name not in options]
+    needed = [field.name for field in fields(METHODS[method]) if field.default is MISSING]
+    missing = [name for name in needed if name not in options]
     if missing:
         raise InputError(
             f"decoding.{missing[0]} is missing; decoding={method} takes {', '.join(taken)}, and "

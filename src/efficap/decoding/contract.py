@@ -88,6 +88,7 @@ class Decoding(ABC):
         repetition_penalty, no_repeat_ngram_size: see `Rules`.
         banned: words and phrases that no caption has.
         prefix: how every caption begins, such as "a photo of"; it counts in `max_tokens`.
+        batch_size: pictures decoded at a time; None: as many as free memory holds. It changes no caption.
 
     Raises:
         InputError: an option is out of its range.
@@ -100,6 +101,7 @@ class Decoding(ABC):
     no_repeat_ngram_size: int
     banned: Sequence[str]
     prefix: str
+    batch_size: int | None = None  # the runs of earlier versions do not have it
 
     def __post_init__(self) -> None:
         require(
@@ -137,6 +139,17 @@ class Decoding(ABC):
             "must be a list of words or phrases; [] bans nothing",
         )
         require(isinstance(self.prefix, str), "prefix", self.prefix, "must be text; '' for none")
+        require(
+            self.batch_size is None or (is_whole(self.batch_size) and self.batch_size >= 1),
+            "batch_size",
+            self.batch_size,
+            "must be a whole number of at least 1; use null for as many pictures as free memory holds",
+        )
+
+    @property
+    def rows(self) -> int:
+        """R / B: the rows of an image that the step function is called with, its beams or samples."""
+        return max(getattr(self, "num_beams", 1), getattr(self, "num_return_sequences", 1))
 
     @torch.no_grad()
     def decode(

@@ -185,6 +185,12 @@ class Nucleus(_Independent):
 
     def _draw(self, scores: Tensor, uniform: Tensor) -> Tensor:
         """Words (B,) by inverse CDF over the nucleus, at `uniform` (B, 1) of its probability."""
+        if (
+            self.top_k is None and self.top_p == 1 and self.min_p == 0
+        ):  # all words: nothing needs to be sorted
+            upto = (scores / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
+            place = (upto <= uniform * upto[:, -1:]).sum(dim=-1)
+            return place.clamp(max=scores.shape[-1] - 1)
         ranked, words = scores.sort(dim=-1, descending=True, stable=True)  # (B, V)
         ranked, words = ranked[:, : self.top_k], words[:, : self.top_k]  # (B, S)
         probs = ((ranked - ranked[:, :1]) / self.temperature).softmax(dim=-1)

@@ -16,6 +16,7 @@ from torch import Tensor
 from efficap.decoding import Decoding
 from efficap.models.captioner import Captioner
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.memory import pictures_that_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,12 +55,22 @@ class CaptionWriter:
     """Writes captions; where memory runs out it halves the batch, says so, and goes on with the smaller one.
 
     Attributes:
-        batch_size: the largest number of pictures at a time; None until memory has run out.
+        batch_size: the largest number of pictures at a time; None until `find_batch_size` was asked for it.
     """
 
     def __init__(self, captioner: Captioner, tokenizer: CaptionTokenizer, decoding: Decoding) -> None:
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
-        self.batch_size: int | None = None
+        self.batch_size = decoding.batch_size
+
+    def find_batch_size(self, image: Tensor) -> int:
+        """The number of pictures at a time: decoding.batch_size, or else what fits into the memory that is free now.
+
+        Args:
+            image: (1, 3, H, W), any picture of the size, where the model lies.
+        """
+        if self.batch_size is None:
+            self.batch_size = pictures_that_fit(self.captioner, self.decoding, image)
+        return self.batch_size
 
     @torch.no_grad()
     def write(
@@ -76,7 +87,7 @@ class CaptionWriter:
         """
         written: list[list[WrittenCaption]] = []
         while len(written) < len(images):
-            size = min(self.batch_size or len(images), len(images) - len(written))
+            size = min(self.find_batch_size(images[:1]), len(images) - len(written))
             part = slice(len(written), len(written) + size)
             try:
                 written += self._write(images[part], image_ids[part], attention)
