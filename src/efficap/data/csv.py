@@ -14,6 +14,7 @@ from rich.progress import track
 from torch.utils.data import DataLoader
 
 from efficap.data.dataset import CaptionedImages, SharedRows, encode_table
+from efficap.data.features import FeatureMaps
 from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
@@ -74,6 +75,7 @@ class CSVDataModule(CaptionDataModule):
         self._splits: dict[str, CaptionTable] = {}
         self._rows: dict[str, SharedRows] = {}
         self._files: dict[str, dict[str, Path]] = {}
+        self._features: dict[str, FeatureMaps] = {}
 
     def split(self, name: str) -> CaptionTable:
         """The table of ``train``, ``val``, ``test``, or of any split by the table's own name for it.
@@ -186,7 +188,22 @@ class CSVDataModule(CaptionDataModule):
         lines = super().notes()
         if self.quarantined:
             lines.append(f"{self.quarantined:,} pictures are in quarantine and left out")
+        if self._features:
+            lines.append(
+                "training reads cached features of central crops: data.crop_scale, crop_ratio and scaled_decoding "
+                "are not used"
+            )
         return lines
+
+    @property
+    def feature_cache_dir(self) -> Path:
+        """Where feature maps are kept, a folder for each encoder: beside the table where no place was given."""
+        table = self.table if isinstance(self.table, Path) else next(iter(self.table.values()))
+        return self.cache_dir or table.parent / ".features"
+
+    def use_features(self, split: str, maps: FeatureMaps) -> None:
+        """Let the batches of a prepared split hold these maps in place of pixels; of its pictures, in their order."""
+        self._features[split] = maps
 
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
         if split not in self._files:
@@ -195,27 +212,27 @@ class CSVDataModule(CaptionDataModule):
         return self._files[split][image_id]
 
     def train_dataloader(self) -> CheckedLoader:
-        rows = self._rows["train"]
-        order = self._training_order(Shuffled(len(rows), self.seed))
-        return self._loader(rows, self.training_transform, order)
+        order = self._training_order(Shuffled(len(self._rows["train"]), self.seed))
+        return self._loader("train", self.training_transform, order)
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
-        rows = self._rows[split]
-        return self._loader(rows, self.evaluation_transform, self._evaluation_order(len(rows)))
+        order = self._evaluation_order(len(self._rows[split]))
+        return self._loader(split, self.evaluation_transform, order)
 
     def _loader(
         self,
-        rows: SharedRows,
+        split: str,
         transform: TrainingTransform | EvaluationTransform,
         order: BatchOrder | EvaluationOrder,
     ) -> CheckedLoader:
         images = CaptionedImages(
-            rows,
+            self._rows[split],
             transform,
             captions_per_image=self.captions_per_image,
             max_pixels=self.max_pixels,
             seed=self.seed,
             pad_id=self.tokenizer.pad_id,
+            features=self._features.get(split),
         )
         loader: DataLoader[Any] = DataLoader(
             images,

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from efficap.batch import CaptionBatch
+from efficap.data.features import FeatureMaps
 from efficap.data.order import Key, turn
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable
@@ -122,6 +123,7 @@ class CaptionedImages(Dataset[Any]):
     """One item a picture, a pure function of (seed, time through the data, picture).
 
     In training its pixels and K of its captions; in evaluation all captions, so that a loss does not depend on K.
+    Where there are `features`, its feature map takes the place of its pixels, in training as in evaluation.
     A picture that cannot be read gives the `PictureError` in place of its pixels.
     """
 
@@ -134,8 +136,9 @@ class CaptionedImages(Dataset[Any]):
         max_pixels: int,
         seed: int,
         pad_id: int,
+        features: FeatureMaps | None = None,
     ) -> None:
-        self.rows, self.transform = rows, transform
+        self.rows, self.transform, self.features = rows, transform, features
         self.K, self.max_pixels, self.seed, self.pad_id = captions_per_image, max_pixels, seed, pad_id
 
     def __len__(self) -> int:
@@ -144,20 +147,21 @@ class CaptionedImages(Dataset[Any]):
     def __getitem__(self, key: Key) -> tuple[Tensor | PictureError, int, list[NDArray[np.int32]]]:
         time, index = key
         captions = self.rows.ids(index)
-        pixels: Tensor | PictureError
         try:
-            picture = Picture(Path(self.rows["file", index]), self.max_pixels)
-            if isinstance(self.transform, TrainingTransform):
-                pixels = self.transform(picture, np.random.default_rng((self.seed, time, index)))
-            else:
-                pixels = self.transform(picture)
+            image = self._pixels(time, index) if self.features is None else self.features[index]
         except PictureError as error:
             return error, index, captions
         if isinstance(self.transform, TrainingTransform):
             captions = [
                 captions[n] for n in turn(len(captions), self.K, seed=self.seed, time=time, sample=index)
             ]
-        return pixels, index, captions
+        return image, index, captions
+
+    def _pixels(self, time: int, index: int) -> Tensor:
+        picture = Picture(Path(self.rows["file", index]), self.max_pixels)
+        if isinstance(self.transform, TrainingTransform):
+            return self.transform(picture, np.random.default_rng((self.seed, time, index)))
+        return self.transform(picture)
 
     def collate(self, items: list[Any]) -> tuple[CaptionBatch | None, list[tuple[str, str, str]]]:
         """A batch of the items that could be read, None where there is none; file, reason, detail of the others."""

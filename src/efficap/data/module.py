@@ -100,6 +100,8 @@ class CaptionDataModule(CaptionData):
         text: keyword arguments of `CaptionText`.
         on_bad_sample, max_bad_fraction: see `BadSamples`.
         max_pixels: larger pictures are bad samples.
+        feature_cache: whether training is to read feature maps of a frozen encoder; for tables alone.
+        feature_cache_dir: where such maps are kept; None: beside the table.
         seed: of order, crops and the choice of captions.
 
     Attributes:
@@ -126,6 +128,8 @@ class CaptionDataModule(CaptionData):
         on_bad_sample: str,
         max_bad_fraction: float,
         max_pixels: int,
+        feature_cache: bool,
+        feature_cache_dir: str | None,
         seed: int,
     ) -> None:
         super().__init__()
@@ -138,6 +142,13 @@ class CaptionDataModule(CaptionData):
         ):
             if value is not None and value < least:
                 raise InputError(f"data.{name}={value} must be at least {least}")
+        if feature_cache and flip:
+            raise InputError(
+                "data.flip=true must not come with data.feature_cache=true, as a cached picture cannot be mirrored; "
+                "leave out one of the two"
+            )
+        self.feature_cache = feature_cache
+        self.cache_dir = Path(feature_cache_dir).expanduser() if feature_cache_dir is not None else None
         self.captions_per_image, self.max_tokens, self.batch_size = captions_per_image, max_tokens, batch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.steps_per_epoch, self.max_pixels, self.seed = steps_per_epoch, max_pixels, seed

@@ -1,0 +1,204 @@
+"""An epoch of training with a frozen encoder, its features cached and not.
+
+    python bench/feature_cache.py [--image-size 224] [--captions 5] [--pictures 512] [--rounds 5] [--short]
+        [--table FILE --image-dir DIR]
+
+efficientnet_b0, a decoder of 4 layers and width 256, 4,096 words, batches of 32 pictures; pictures of 640 x 480 written
+by itself unless a table is given. Random weights: they take the same time. Both take an epoch in turn; the ratio is the
+median over rounds of two times within one round. Encoding the pictures for the cache, which happens once, is timed
+apart. What is saved grows with the pictures' size, what remains with the captions. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BATCH, WORDS = 32, 4096
+ENCODER = "efficientnet_b0"
+MODEL = (
+    "model=tiny",
+    f"model.encoder.name={ENCODER}",
+    "model.encoder.frozen=true",
+    "model.decoder.n_layer=4",
+    "model.decoder.n_embd=256",
+    "model.decoder.n_head=4",
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the benchmark; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    if options.short:
+        options.pictures, options.rounds = 128, 2
+    with tempfile.TemporaryDirectory(prefix="efficap-bench-") as name:
+        table, image_dir = options.table, options.image_dir
+        if table is None:
+            table, image_dir = _write(Path(name), options)
+        plain = _Training(options, table, image_dir, None)
+        begin = time.perf_counter()
+        cached = _Training(options, table, image_dir, Path(name) / "features")
+        _say(f"prepared and filled in {time.perf_counter() - begin:.1f} s")
+        rounds = []
+        for training in (plain, cached):
+            training.epoch(0)  # warm-up: page cache, allocator
+        for number in range(options.rounds):
+            pair = [plain, cached] if number % 2 == 0 else [cached, plain]
+            seconds = {training: training.epoch(number + 1) for training in pair}
+            rounds.append((seconds[plain], seconds[cached]))
+            _say(
+                f"round {number + 1}: {seconds[plain]:.2f} s without, {seconds[cached]:.2f} s with the cache"
+            )
+    _report(options, rounds, plain.pictures, cached.filling)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--image-size", type=int, default=224, metavar="S", help="pixels (default: 224)")
+    parser.add_argument("--captions", type=int, default=5, metavar="K", help="of a picture (default: 5)")
+    parser.add_argument("--pictures", type=int, default=512, metavar="N", help="to write (default: 512)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="R", help="(default: 5)")
+    parser.add_argument("--table", metavar="FILE", help="a table, in place of pictures written here")
+    parser.add_argument("--image-dir", metavar="DIR", help="its pictures")
+    parser.add_argument("--short", action="store_true", help="a quick look: 128 pictures, 2 rounds")
+    return parser
+
+
+def _write(folder: Path, options: argparse.Namespace) -> tuple[str, str]:
+    from data_files import write_captions, write_photograph
+
+    _say(f"writing {options.pictures:,} pictures of 640 x 480")
+    (folder / "images").mkdir()
+    names = [f"{number:06d}.jpg" for number in range(options.pictures)]
+    for number, name in enumerate(names):
+        write_photograph(folder / "images" / name, number)
+    write_captions(folder / "captions.csv", names)
+    text = (folder / "captions.csv").read_text()
+    (folder / "captions.csv").write_text(
+        text.replace(",train\n", ",val\n", 5)
+    )  # one picture, as one is asked for
+    return str(folder / "captions.csv"), str(folder / "images")
+
+
+class _Training:
+    """A captioner and its data; with a folder for features, these are cached in it.
+
+    Attributes:
+        pictures: to train on.
+        filling: seconds that encoding all of them took; 0 without a folder.
+    """
+
+    def __init__(
+        self, options: argparse.Namespace, table: str, image_dir: str, features: Path | None
+    ) -> None:
+        from hydra.utils import instantiate
+
+        from efficap.models.pretrained import build_captioner, preprocessing, resolve_model
+        from efficap.tokenizer import CaptionTokenizer
+        from efficap.training.feature_cache import cache_features
+
+        cfg = _compose(options, table, image_dir, features)
+        model = resolve_model(cfg["model"])
+        self.data = instantiate(cfg["data"])
+        tokenizer = CaptionTokenizer.learn(self.data.training_captions(), WORDS)
+        self.data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
+        torch.manual_seed(0)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.captioner = build_captioner(model, WORDS).to(self.device)
+        begin = time.perf_counter()
+        cache_features(
+            self.captioner.encoder,
+            self.data,
+            name=ENCODER,
+            preprocessing=preprocessing(model),
+            device=self.device,
+        )
+        self.filling = time.perf_counter() - begin if features is not None else 0.0
+        self.captioner.train()
+        self.pictures = self.data.training_size
+        learning = (parameter for parameter in self.captioner.parameters() if parameter.requires_grad)
+        self.optimizer = torch.optim.AdamW(learning, lr=1e-4, fused=True)
+        self.loader = self.data.train_dataloader()
+
+    def epoch(self, number: int) -> float:
+        """Seconds of one epoch, from the first picture to the last step."""
+        from efficap.training.losses import batch_loss
+
+        begin = time.perf_counter()
+        for batch in self.loader.of_epoch(number):
+            batch = batch.to(self.device, non_blocking=True)
+            self.optimizer.zero_grad()
+            batch_loss(self.captioner, batch, label_smoothing=0.1).backward()
+            self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+
+def _compose(
+    options: argparse.Namespace, table: str, image_dir: str, features: Path | None
+) -> dict[str, Any]:
+    import hydra
+
+    from efficap.commands.entry import CONF, plain
+
+    overrides = [
+        *MODEL,
+        "name=bench",
+        "output_dir=unused",
+        "data=csv",
+        f"data.table={table}",
+        f"data.image_dir={image_dir}",
+        f"data.batch_size={BATCH}",
+        f"model.image_size={options.image_size}",
+        f"data.captions_per_image={options.captions}",
+        "data.check_images=false",
+        f"data.feature_cache={'false' if features is None else 'true'}",
+        f"data.feature_cache_dir={features or 'null'}",
+    ]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(hydra.compose("train", overrides=overrides))
+
+
+def _report(
+    options: argparse.Namespace, rounds: list[tuple[float, float]], pictures: int, filling: float
+) -> None:
+    ratios = [plain / cached for plain, cached in rounds]
+    without, cached = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{pictures:,} pictures of {options.image_size} pixels, {options.captions} captions each; {ENCODER}, frozen"
+    )
+    print(f"epoch without the cache  {without:8.2f} s")
+    print(f"epoch with the cache     {cached:8.2f} s")
+    print(f"ratio                    {ratio:8.2f}    least {min(ratios):.2f}, most {max(ratios):.2f}")
+    print(f"filling it, once         {filling:8.2f} s")
+    result = {
+        "pictures": pictures,
+        "image_size": options.image_size,
+        "captions": options.captions,
+        "rounds": len(rounds),
+        "epoch_s": round(without, 3),
+        "epoch_cached_s": round(cached, 3),
+        "epoch_ratio": round(ratio, 3),
+        "filling_s": round(filling, 3),
+    }
+    print(json.dumps(result))
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
