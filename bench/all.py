@@ -18,7 +18,12 @@ import torch
 
 HERE = Path(__file__).parent
 PAGE = HERE.parent / "docs" / "benchmarks.md"
-BENCHES = {"data": ["--short"], "data_memory": ["--short"], "decode": ["--short"]}
+BENCHES = {
+    "data": ["--short"],
+    "data_memory": ["--short"],
+    "decode": ["--short"],
+    "feature_cache": ["--short"],
+}
 
 
 def machine() -> str:

@@ -25,17 +25,14 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.nn.functional as F
+from plain import MODELS, Plain, build
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
+from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from efficap.decoding import Beam
 from efficap.models.captioner import Captioner
 
-MODELS: dict[str, tuple[str, int, dict[str, int]]] = {
-    "small": ("tf_efficientnetv2_s", 2, {"n_layer": 12, "n_head": 12, "n_embd": 768}),
-    "medium": ("tf_efficientnetv2_m", 8, {"n_layer": 24, "n_head": 16, "n_embd": 1024}),
-}
 VOCABULARY = 50_257
 END = VOCABULARY - 1
 
@@ -61,67 +58,34 @@ class Case:
         return 8 + picture * 5 % 9 if self.ends else self.tokens + 1
 
 
-def build(case: Case) -> Captioner:
+def build_random(case: Case) -> Captioner:
     """A captioner of random weights whose cross-attention and positions matter to what it says."""
     torch.manual_seed(0)
-    name, n_blocks, layers = MODELS[case.model]
-    encoder = {"name": name, "frozen": False, "drop_path_rate": 0.0, "mean": [0.5] * 3, "std": [0.5] * 3}
-    captioner = Captioner(
-        image_size=224,
-        vocab_size=VOCABULARY,
-        encoder=encoder,
-        bridge={"n_blocks": n_blocks, "n_heads": layers["n_head"], "dropout": 0.0},
-        decoder={"n_positions": 1024, "dropout": 0.0, **layers},
-    )
+    captioner = build(case.model)
     for block in captioner.decoder.h:
         nn.init.normal_(block.crossattention.c_proj.weight, std=0.1)  # type: ignore[union-attr]
     nn.init.normal_(captioner.decoder.wpe.weight, std=0.3)
     return captioner.eval().to(getattr(torch, case.dtype))
 
 
-class Plain(nn.Module):
-    """What a user would write: the same encoder and bridge, and transformers' GPT-2 with its `generate`."""
+def theirs(plain: Plain, images: Tensor, case: Case) -> Tensor:
+    """The (B, T) best captions by `generate`."""
 
-    def __init__(self, captioner: Captioner, layers: dict[str, int]) -> None:
-        super().__init__()
-        self.captioner = captioner
-        config = GPT2Config(
-            vocab_size=VOCABULARY,
-            add_cross_attention=True,
-            bos_token_id=END,
-            eos_token_id=END,
-            pad_token_id=END,
-            **layers,
-        )
-        dtype = next(captioner.parameters()).dtype
-        self.gpt2 = GPT2LMHeadModel(config).eval().to(dtype)
-        theirs = self.gpt2.transformer.state_dict()
-        for name, weight in captioner.decoder.state_dict().items():
-            is_conv1d = weight.ndim == 2 and name.startswith("h.")  # transformers stores these transposed
-            theirs[name].copy_(weight.T if is_conv1d else weight)
+    def ends(ids: Tensor, scores: Tensor) -> Tensor:
+        for row in range(len(ids)):
+            if ids.shape[1] >= case.end_of(row // case.beams):
+                scores[row, END] = 0.0
+        return scores
 
-    def forward(self, images: Tensor, case: Case) -> Tensor:
-        """The (B, T) best captions."""
-        memory = self.captioner.encode(images)
-        prompt = torch.full((len(images), 1), END)
-
-        def ends(ids: Tensor, scores: Tensor) -> Tensor:
-            for row in range(len(ids)):
-                if ids.shape[1] >= case.end_of(row // case.beams):
-                    scores[row, END] = 0.0
-            return scores
-
-        tokens: Tensor = self.gpt2.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            encoder_hidden_states=memory,
-            num_beams=case.beams,
-            max_length=case.tokens,
-            length_penalty=1.0,
-            do_sample=False,
-            logits_processor=LogitsProcessorList([ends] if case.ends else []),
-        )
-        return tokens
+    return plain.generate(
+        images,
+        bos_id=END,
+        eos_id=END,
+        num_beams=case.beams,
+        max_length=case.tokens,
+        length_penalty=1.0,
+        logits_processor=LogitsProcessorList([ends] if case.ends else []),
+    )
 
 
 def ours(captioner: Captioner, images: Tensor, case: Case) -> Tensor:
@@ -139,7 +103,7 @@ def ours(captioner: Captioner, images: Tensor, case: Case) -> Tensor:
         num_return_sequences=1,
         num_beam_groups=1,
         diversity_penalty=0.0,
-        **({"required": []} if "required" in Beam.__dataclass_fields__ else {}),
+        batch_size=None,
     )
     step = captioner.start(images, case.tokens)
     places, length = torch.arange(len(images)), 0
@@ -199,35 +163,35 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def measure(case: Case, rounds: int) -> dict[str, float | bool]:
     """Medians over rounds in which the three take turns: seconds, ratios, and whether the tokens agree."""
-    captioner = build(case)
-    plain, floor = Plain(captioner, MODELS[case.model][2]), Floor(captioner, case)
+    captioner = build_random(case)
+    plain, floor = Plain(captioner, MODELS[case.model]["encoder"]), Floor(captioner, case)
     images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
     runs = {
         "ours": lambda: ours(captioner, images, case),
-        "generate": lambda: plain(images, case),
+        "generate": lambda: theirs(plain, images, case),
         "floor": lambda: floor(images),
     }
     with torch.inference_mode():
-        mine, theirs = runs["ours"](), runs["generate"]()  # and everything is warm
-        length = min(mine.shape[1], theirs.shape[1])
+        found, expected = runs["ours"](), runs["generate"]()  # and everything is warm
+        length = min(found.shape[1], expected.shape[1])
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(seconds(run))
-    ratios = [theirs / mine for mine, theirs in zip(times["ours"], times["generate"], strict=True)]
+    ratios = [other / mine for mine, other in zip(times["ours"], times["generate"], strict=True)]
     floors = [mine / bare for mine, bare in zip(times["ours"], times["floor"], strict=True)]
     return {
         **{f"{name}_per_second": case.pictures / statistics.median(t) for name, t in times.items()},
         "vs_generate": statistics.median(ratios),
         "vs_floor": statistics.median(floors),
-        "tokens_equal": bool((mine[:, :length] == theirs[:, :length]).all()),
+        "tokens_equal": bool((found[:, :length] == expected[:, :length]).all()),
     }
 
 
 def peak_memory(way: str, case: Case) -> float:
     """MiB that decoding adds to a process that has the weights and has encoded once; by Linux's high-water mark."""
-    captioner = build(case)
-    plain = Plain(captioner, MODELS[case.model][2]) if way == "generate" else None
+    captioner = build_random(case)
+    plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
     images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
     with torch.inference_mode():
         captioner.encode(images)
@@ -237,7 +201,7 @@ def peak_memory(way: str, case: Case) -> float:
         if plain is None:
             ours(captioner, images, case)
         else:
-            plain(images, case)
+            theirs(plain, images, case)
         return _status("VmHWM") - before
 
 
@@ -306,9 +270,9 @@ def main() -> None:
     }
     if not options.short:
         for dtype in ("float32", "bfloat16"):
-            mine, theirs = (memory_of(way, replace(Case(), dtype=dtype)) for way in ("ours", "generate"))
-            print(f"memory added by decoding, {dtype}: ours {mine:.0f} MiB, generate {theirs:.0f} MiB")
-            line |= {f"peak_mib_{dtype}": mine, f"generate_peak_mib_{dtype}": theirs}
+            mine, other = (memory_of(way, replace(Case(), dtype=dtype)) for way in ("ours", "generate"))
+            print(f"memory added by decoding, {dtype}: ours {mine:.0f} MiB, generate {other:.0f} MiB")
+            line |= {f"peak_mib_{dtype}": mine, f"generate_peak_mib_{dtype}": other}
     if options.grow:
         for case in GROW:
             show(case, measure(case, rounds))

@@ -191,7 +191,9 @@ def test_a_split_that_is_not_there_names_those_that_are(trained: tuple[Path, Pat
 @pytest.mark.parametrize("value", [1.0, -0.1])
 def test_an_average_that_never_moves_is_refused(colour_table: Path, tmp_path: Path, value: float) -> None:
     with pytest.raises(InputError, match=f"ema_decay={value} must be at least 0 and below 1"):
-        train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), f"training.ema_decay={value}"))
+        train(
+            compose("train", *tiny_overrides(colour_table, tmp_path / "run"), f"training.ema_decay={value}")
+        )
 
 
 def test_the_averaged_weights_are_validated_and_kept(colour_table: Path, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -90,14 +92,16 @@ def test_gpt2_gives_the_published_logits(shared: object) -> None:
     decoder.load_state_dict(
         gpt2_state_dict(load_file(folder / "hf_safetensors/model.safetensors")), strict=False
     )
+    decoder.silence_cross_attention()
     tokens = torch.from_numpy(io["tokens"]).long()
-    with torch.no_grad():  # cross-attention starts at zero: the language model alone speaks
+    with torch.no_grad():
         logits = decoder.logits(decoder(tokens, decoder.project_memory(torch.randn(2, 5, 32))))
     assert np.abs(logits.numpy() - io["logits"]).max() < 2e-4
 
 
-def test_a_fresh_cross_attention_leaves_the_language_model_as_it_is() -> None:
+def test_a_silent_cross_attention_leaves_the_language_model_as_it_is() -> None:
     decoder = build_captioner(tiny_model(), VOCAB).decoder.eval()
+    decoder.silence_cross_attention()
     tokens = torch.randint(0, VOCAB, (2, 7))
     one, other = (decoder(tokens, decoder.project_memory(torch.randn(2, 4, 32))) for _ in range(2))
     assert torch.equal(one, other)
@@ -153,6 +157,36 @@ def test_loss_and_gradients_are_those_of_padded_captions_and_all_logits(label_sm
     assert abs(loss - expected) < 1e-5
     for one, other in zip(gradients, expected_gradients, strict=True):
         assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
+
+
+def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
+    images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
+    batch = batch_of(images, tokens, torch.tensor([[8, 5, 3], [6, 8, 0]]))
+    found = []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        captioner = build_captioner(tiny_model(decoder__dropout=0.1), VOCAB).train()
+        if checkpointed:
+            captioner.checkpoint_gradients()
+        loss = batch_loss(captioner, batch, label_smoothing=0.0)
+        loss.backward()
+        found.append((loss.detach(), [p.grad for p in captioner.parameters()]))
+    (loss, gradients), (checkpointed_loss, checkpointed_gradients) = found
+    assert torch.allclose(loss, checkpointed_loss)
+    for one, other in zip(gradients, checkpointed_gradients, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_parts_give_the_same_loss_and_names_of_weights() -> None:
+    captioner = build_captioner(tiny_model(), VOCAB).eval()
+    batch = batch_of(random_images(2), torch.randint(0, VOCAB, (2, 3, 8)), torch.full((2, 3), 8))
+    with torch.no_grad():
+        expected, names = batch_loss(captioner, batch, label_smoothing=0.0), list(captioner.state_dict())
+        captioner.compile_parts()
+        assert torch.allclose(batch_loss(captioner, batch, label_smoothing=0.0), expected, atol=1e-4)
+    assert list(captioner.state_dict()) == names
 
 
 def test_cached_steps_equal_the_whole_sequence_with_reordered_rows(captioner: Captioner) -> None:

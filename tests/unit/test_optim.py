@@ -22,7 +22,14 @@ LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
 
 
 def adamw(captioner: Captioner, progress: Callable[[int], float], **changes: Any) -> tuple[AdamW, LambdaLR]:
-    settings = {"lr": LR, "betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.1, "fused": True}
+    settings = {
+        "lr": LR,
+        "betas": (0.9, 0.98),
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+        "layer_decay": 1.0,
+        "fused": True,
+    }
     return build_adamw(captioner, progress, **{"warmup_steps": 10, "final_lr": 0.1, **settings, **changes})
 
 

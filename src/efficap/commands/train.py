@@ -16,20 +16,38 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from efficap.commands.run_dir import check_accelerator, write_run
+from efficap.commands.init_from import with_model_of
+from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
 from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner, load_pretrained_parts, preprocessing, resolve_model
+from efficap.models.pretrained import (
+    build_captioner,
+    load_captioner,
+    load_pretrained_parts,
+    preprocessing,
+    resolve_model,
+)
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
 from efficap.training.ema import ExponentialMovingAverage
-from efficap.training.module import CaptionModule
+from efficap.training.feature_cache import cache_features, check_feature_cache
+from efficap.training.objective import build_module, check_objective
 from efficap.training.summary import print_summary
 
-_PATHS = {"table", "image_dir", "root", "quarantine", "shards", "val_shards", "test_shards", "index_dir"}
+_PATHS = {
+    "table",
+    "image_dir",
+    "root",
+    "quarantine",
+    "shards",
+    "val_shards",
+    "test_shards",
+    "index_dir",
+    "feature_cache_dir",
+}
 
 
 def train(cfg: dict[str, Any]) -> Path:
@@ -43,32 +61,46 @@ def train(cfg: dict[str, Any]) -> Path:
     _check_numbers(cfg["trainer"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
-    model = resolve_model(cfg["model"])
-    cfg = {**cfg, "model": model, "data": _with_absolute_paths(cfg["data"])}
+    check_objective(cfg["training"])
+    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
+    cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
+    model, cfg = cfg["model"], {**cfg, "data": _with_absolute_paths(cfg["data"])}
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
     if "_target_" not in cfg["data"]:
         raise InputError("data=base is no data set by itself; take csv, webdataset, mix or demo")
     data = instantiate(cfg["data"])
+    check_feature_cache(data, frozen=model["encoder"]["frozen"])
     data.prepare_data()
-    tokenizer = build_tokenizer(model["tokenizer"], data)
+    tokenizer = init_from.tokenizer() if init_from else build_tokenizer(model["tokenizer"], data)
     data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
-    captioner = build_captioner(model, tokenizer.vocab_size)
+    captioner = (
+        load_captioner(init_from.path, model, tokenizer.vocab_size)
+        if init_from
+        else build_captioner(model, tokenizer.vocab_size)
+    ).train()  # Lightning leaves each part in its mode, and a frozen encoder takes evaluation's only here
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
     )
-    load_pretrained_parts(captioner, model)
+    if not init_from:
+        load_pretrained_parts(captioner, model)
+    if cfg["gradient_checkpointing"]:
+        captioner.checkpoint_gradients()
+    if cfg["compile"]:
+        captioner.compile_parts()
+    cache_features(
+        captioner.encoder,
+        data,
+        name=model["encoder"]["name"],
+        preprocessing=preprocessing(model),
+        device=choose_device(cfg["trainer"]["accelerator"]),
+    )
 
     run_dir = Path(cfg["output_dir"])
     write_run(run_dir, cfg, tokenizer)
     _print_plan(captioner, cfg, tokenizer, data)
-    module = CaptionModule(
-        captioner,
-        tokenizer,
-        decoding,
-        optimizer=cfg["optimizer"],
-        label_smoothing=cfg["training"]["label_smoothing"],
-    )
+    module = build_module(cfg, captioner, tokenizer, decoding, data)
     try:
         loggers = _build_loggers(cfg, run_dir)
         trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
@@ -90,6 +122,7 @@ def _leave_out_lightnings_chatter() -> None:
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, under torch 2.15
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
 
 

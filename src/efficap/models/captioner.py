@@ -43,6 +43,22 @@ class Captioner(nn.Module):
             channels=self.encoder.channels, grid=self.encoder.grid, width=decoder["n_embd"], **bridge
         )
 
+    def checkpoint_gradients(self) -> None:
+        """From now on train with less memory, and about a third more work: layers are computed again for gradients."""
+        self.encoder.backbone.set_grad_checkpointing(True)
+        self.decoder.gradient_checkpointing = True
+
+    def compile_parts(self) -> None:
+        """From now on run what has fixed shapes through torch.compile, in place: names of weights stay.
+
+        The decoder's tokens are packed, so that their number changes with each batch, and in decoding with each step:
+        of its layers only the MLP, for which that is one more dimension, is compiled.
+        """
+        self.encoder.compile()
+        self.bridge.compile()
+        for block in self.decoder.h:
+            block.get_submodule("mlp").compile(dynamic=True)
+
     def encode(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) uint8 pictures, or the (B, C, h, w) feature maps of such, to their (B, N, D) memory."""
         is_feature_map = images.dtype == torch.bfloat16

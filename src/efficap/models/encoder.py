@@ -108,9 +108,8 @@ class ImageEncoder(nn.Module):
         _check_name(name)
         self.backbone = timm.create_model(name, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
         self.backbone.to(memory_format=torch.channels_last)
-        self.frozen = frozen
-        if frozen:
-            self.backbone.requires_grad_(False)
+        self.frozen = False
+        self.freeze(frozen)
         # Not in the weights file: they belong to the preprocessing, which the run's configuration holds.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -126,6 +125,13 @@ class ImageEncoder(nn.Module):
             InputError: no such weights, no such file, or no network.
         """
         self.backbone.load_state_dict(_pretrained_weights(name, file))
+
+    def freeze(self, frozen: bool) -> None:
+        """Keep weights and BatchNorm's statistics as they are, or, with False, let them learn."""
+        if frozen != self.frozen:
+            self.frozen = frozen
+            self.backbone.requires_grad_(not frozen)
+            self.train(not frozen)
 
     def train(self, mode: bool = True) -> ImageEncoder:
         """Like any module's, but a frozen encoder stays in evaluation mode."""

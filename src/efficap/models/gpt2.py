@@ -14,6 +14,7 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from efficap.errors import InputError
 from efficap.models.packing import Packing
@@ -107,6 +108,10 @@ class GPT2(nn.Module):
         n_head: H; divides `n_embd`.
         dropout: on embeddings, attention weights and residual branches.
 
+    Attributes:
+        gradient_checkpointing: whether training keeps only each layer's input, and computes the layer once more for its
+            gradient.
+
     Raises:
         InputError: `n_head` does not divide `n_embd`.
     """
@@ -122,6 +127,7 @@ class GPT2(nn.Module):
         self.drop = nn.Dropout(dropout)
         self.h = nn.ModuleList(GPT2Block(layer, n_embd, n_head, dropout) for layer in range(n_layer))
         self.ln_f = nn.LayerNorm(n_embd)
+        self.gradient_checkpointing = False
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -132,11 +138,13 @@ class GPT2(nn.Module):
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for (
-            block
-        ) in self.h:  # the cross-attention adds nothing at first: training starts from the language model
+
+    def silence_cross_attention(self) -> None:
+        """Let the cross-attention add nothing at first: training then starts from the language model as it is."""
+        for block in self.h:
             assert isinstance(block, GPT2Block)
             nn.init.zeros_(block.crossattention.c_proj.weight)
+            nn.init.zeros_(block.crossattention.c_proj.bias)
 
     def project_memory(self, memory: Tensor) -> list[KeyValue]:
         """Project the (B, N, D) memory to each layer's (B, H, N, d) keys and values, once for all rows."""
@@ -168,7 +176,10 @@ class GPT2(nn.Module):
             cache.advance(tokens.shape[1])
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (R, T, D), packed (n, D)
         for block, key_value in zip(self.h, cache.memory if cache else memory, strict=True):
-            x = block(x, key_value, cache, packing)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
+                x = checkpoint(block, x, key_value, None, packing, use_reentrant=False)
+            else:
+                x = block(x, key_value, cache, packing)
         return self.ln_f(x)
 
     def cross_attention(self, tokens: Tensor, memory: list[KeyValue]) -> Tensor:

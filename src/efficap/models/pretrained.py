@@ -114,7 +114,7 @@ def _check_is_gpt2(name: str, config: dict[str, Any]) -> None:
 
 
 def load_gpt2(decoder: GPT2, name: str) -> None:
-    """Load a GPT-2 in transformers' form (safetensors) from a directory or the hub; cross-attention stays fresh.
+    """Load a GPT-2 in transformers' form (safetensors) from a directory or the hub; cross-attention adds nothing yet.
 
     Half precision is widened to the decoder's own.
 
@@ -139,6 +139,7 @@ def load_gpt2(decoder: GPT2, name: str) -> None:
     decoder.load_state_dict(
         {key: weights[key].to(value.dtype) for key, value in expected.items()}, strict=False
     )
+    decoder.silence_cross_attention()
 
 
 def gpt2_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -16,14 +16,24 @@ from torch.autograd.function import once_differentiable
 
 from efficap.batch import CaptionBatch
 from efficap.models.captioner import Captioner
+from efficap.training.augment import drop_tokens
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 
 
-def batch_loss(captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float) -> Tensor:
-    """`caption_loss` of a batch, its pictures encoded once for all their captions."""
+def batch_loss(
+    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float, token_dropout: float = 0.0
+) -> Tensor:
+    """`caption_loss` of a batch, its pictures encoded once for all their captions.
+
+    Args:
+        token_dropout: 0 … 1, share of the words read, not of those to be written, that are random.
+    """
     memory = captioner.encode(batch.images)  # (B, N, D)
-    hidden = captioner.hidden_states(memory, batch.tokens[..., :-1], batch.places)  # (n, D)
+    read = batch.tokens[..., :-1]  # (B, K, T - 1)
+    if token_dropout:
+        read = drop_tokens(read, token_dropout, captioner.decoder.wte.num_embeddings)
+    hidden = captioner.hidden_states(memory, read, batch.places)  # (n, D)
     head = captioner.decoder.wte.weight
     return caption_loss(hidden, head, batch.targets, label_smoothing=label_smoothing)
 

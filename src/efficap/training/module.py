@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -18,9 +19,11 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.decoding import Decoding
+from efficap.errors import InputError
 from efficap.evaluation.scores import distinct_share, score_captions
 from efficap.models.captioner import Captioner
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.augment import STEP, growing_size, resized
 from efficap.training.losses import batch_loss
 from efficap.training.optim import build_adamw
 from efficap.training.writer import CaptionWriter
@@ -36,7 +39,12 @@ class CaptionModule(pl.LightningModule):
         tokenizer: decodes what it writes.
         decoding: how it writes in validation.
         optimizer: keyword arguments of `build_adamw`.
-        label_smoothing: of the training loss; the validation loss has none.
+        label_smoothing, token_dropout: of the training loss; the validation loss has none. See `batch_loss`.
+        start_size: pixels, from which the pictures grow to their full size; None: they do not. See `growing_size`.
+        unfreeze_encoder_at: share of the training, 0 … 1, before which the encoder stays as it is.
+
+    Raises:
+        InputError: an option out of its range.
     """
 
     def __init__(
@@ -47,17 +55,47 @@ class CaptionModule(pl.LightningModule):
         *,
         optimizer: Mapping[str, Any],
         label_smoothing: float,
+        token_dropout: float = 0.0,
+        start_size: int | None = None,
+        unfreeze_encoder_at: float | None = None,
     ) -> None:
         super().__init__()
+        for name, share in (
+            ("label_smoothing", label_smoothing),
+            ("token_dropout", token_dropout),
+            ("unfreeze_encoder_at", unfreeze_encoder_at),
+        ):
+            if share is not None and not 0 <= share < 1:
+                raise InputError(f"training.{name}={share} must be at least 0 and below 1")
+        if start_size is not None and start_size < STEP:
+            raise InputError(
+                f"training.start_size={start_size} must be at least {STEP} pixels; null: no growing"
+            )
+        if unfreeze_encoder_at is not None and captioner.encoder.frozen:
+            raise InputError(
+                f"training.unfreeze_encoder_at={unfreeze_encoder_at} must not come with model.encoder.frozen=true, "
+                "which freezes it for good; leave out one of the two"
+            )
         self.captioner = captioner
         self.writer = CaptionWriter(captioner, tokenizer, decoding)
         self.optimizer_settings = dict(optimizer)
-        self.label_smoothing = label_smoothing
+        self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
+        self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
 
+    def on_train_batch_start(self, batch: CaptionBatch, _: int) -> None:
+        if self.unfreeze_encoder_at is not None:
+            self.captioner.encoder.freeze(self._progress(self.global_step) < self.unfreeze_encoder_at)
+
     def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
-        loss = batch_loss(self.captioner, batch, label_smoothing=self.label_smoothing)
+        if self.start_size is not None and batch.images.dtype == torch.uint8:
+            full = batch.images.shape[-1]
+            size = growing_size(min(self.start_size, full), full, self._progress(self.global_step))
+            batch = replace(batch, images=resized(batch.images, size))
+        loss = batch_loss(
+            self.captioner, batch, label_smoothing=self.label_smoothing, token_dropout=self.token_dropout
+        )
         self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
         return loss
 

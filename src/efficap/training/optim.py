@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -26,15 +27,36 @@ def part_of(name: str) -> str:
     return name.partition(".")[0]
 
 
+def depths(captioner: Captioner) -> dict[str, int]:
+    """How far below the top of its part each parameter lies, in stages of the encoder and layers of the decoder.
+
+    The top is what a pretrained part has that is most its task's own: it learns fastest, and what starts fresh with it.
+    """
+    stages, layers = len(captioner.encoder.backbone.blocks), len(captioner.decoder.h)
+    found = {}
+    for name, _ in captioner.named_parameters():
+        depth = 0
+        if stage := re.match(r"encoder\.backbone\.(?:blocks\.(\d+)\.|(conv_stem|bn1)\.)", name):
+            depth = stages if stage[2] else stages - 1 - int(stage[1])
+        elif part_of(name) == "decoder":
+            layer = re.match(r"decoder\.h\.(\d+)\.", name)
+            depth = layers - 1 - int(layer[1]) if layer else 0 if "ln_f" in name else layers
+        found[name] = depth
+    return found
+
+
 def parameter_groups(
-    captioner: Captioner, *, lr: Mapping[str, float], weight_decay: float
+    captioner: Captioner, *, lr: Mapping[str, float], weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Trainable parameters by part and by decay: norms, biases and embeddings are not decayed.
+    """Trainable parameters by part, depth and decay: norms, biases and embeddings are not decayed.
 
     Args:
         lr: peak learning rate of ``encoder``, ``bridge`` and ``decoder``.
         weight_decay: of the matrices and convolutions.
+        layer_decay: a stage's or layer's learning rate as a share of that of the one above (Howard and Ruder, 2018,
+            https://arxiv.org/abs/1801.06146); 1: all of a part learn alike.
     """
+    depth_of = depths(captioner) if layer_decay != 1 else {}
     embeddings = {id(module.weight) for module in captioner.modules() if isinstance(module, nn.Embedding)}
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in captioner.named_parameters():
@@ -42,12 +64,13 @@ def parameter_groups(
             continue
         part = part_of(name)
         decayed = parameter.ndim > 1 and id(parameter) not in embeddings
-        group_name = part if decayed else f"{part}/no_decay"
+        depth = depth_of.get(name, 0)
+        group_name = (part if decayed else f"{part}/no_decay") + (f"/{depth}" if depth else "")
         group = groups.setdefault(
             group_name,
             {
                 "name": group_name,
-                "lr": lr[part],
+                "lr": lr[part] * layer_decay**depth,
                 "weight_decay": weight_decay if decayed else 0.0,
                 "params": [],
             },
@@ -64,6 +87,7 @@ def build_adamw(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    layer_decay: float,
     warmup_steps: int,
     final_lr: float,
     fused: bool,
@@ -72,13 +96,13 @@ def build_adamw(
 
     Args:
         progress: maps the optimiser steps done to the share of the training that is over, 0 … 1.
-        lr: peak learning rate of each part.
+        lr, weight_decay, layer_decay: see `parameter_groups`.
         warmup_steps: optimiser steps until the peak; a tenth of the training at most.
         final_lr: share of the peak that is left at the end.
         fused: torch's fused kernel.
 
     Raises:
-        InputError: a learning rate or a decay below 0, or nothing to train.
+        InputError: a learning rate or a decay below 0, or a layer decay outside 0 … 1.
     """
     for setting, value in {
         **{f"lr.{part}": lr[part] for part in PARTS},
@@ -86,7 +110,9 @@ def build_adamw(
     }.items():
         if value < 0:
             raise InputError(f"optimizer.{setting}={value} must be at least 0")
-    groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay)
+    if not 0 < layer_decay <= 1:
+        raise InputError(f"optimizer.layer_decay={layer_decay} must be above 0 and at most 1; 1: no decay")
+    groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
     def share_of_peak(step: int) -> float:

@@ -1,0 +1,321 @@
+"""A training step: efficap against what a user would write with timm and transformers, in one run, in pairs.
+
+    python bench/train_step.py [--models small,b0] [--rounds 5] [--short]
+
+The plain way sees a picture once for each caption; efficap sees it once for all K. Sizes are `small`'s at 224 pixels,
+8 pictures, captions of 20 tokens; and those of a model that trains from nothing on a small set: EfficientNet-B0 at
+128 pixels, a decoder of 4 layers and width 256, 32 pictures, captions as long as Flickr8k's. Random weights and
+pictures, no loader. Ratios are of image-caption pairs a second. The last line is one JSON object.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import lightning.pytorch as pl
+import torch
+from plain import MODELS, Plain, build
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from efficap.batch import CaptionBatch
+from efficap.decoding import Greedy
+from efficap.training.losses import batch_loss, caption_loss
+from efficap.training.module import CaptionModule
+from efficap.training.optim import build_adamw
+
+PICTURES = {"small": 8, "medium": 8, "b0": 32}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PEAK = {
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA A100": 312e12,
+}  # dense bfloat16, by NVIDIA's data sheets
+OPTIMIZER = {
+    "betas": (0.9, 0.98),
+    "eps": 1e-8,
+    "weight_decay": 0.05,
+    "layer_decay": 1.0,
+    "warmup_steps": 10,
+    "final_lr": 0.01,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is trained: K captions of each picture, in float32 or under bfloat16 autocast."""
+
+    model: str
+    captions: int
+    dtype: str
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(DEVICE, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
+
+
+def batch_for(case: Case) -> CaptionBatch:
+    torch.manual_seed(1)
+    sizes, pictures = MODELS[case.model], PICTURES[case.model]
+    size, shape = sizes["image_size"], (pictures, case.captions)
+    if (
+        case.model == "b0"
+    ):  # Flickr8k's captions: 13 tokens in the mean with BOS and EOS, the longest about 30
+        lengths = torch.distributions.LogNormal(2.52, 0.3).sample(shape).round().clamp(6, 32).long()
+    else:
+        lengths = torch.full(shape, 20)
+    tokens = torch.randint(0, sizes["vocab_size"], (*shape, int(lengths.max())))
+    images = torch.randint(0, 256, (pictures, 3, size, size), dtype=torch.uint8)
+    return CaptionBatch(images, tokens, lengths, [str(n) for n in range(pictures)]).to(DEVICE)
+
+
+class Ours:
+    """efficap's step without Lightning; `parts` is given the seconds of each part."""
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(0)
+        self.case, self.captioner = case, build(case.model).train().to(DEVICE)
+        lr = dict.fromkeys(("encoder", "bridge", "decoder"), 1e-4)
+        self.optimizer, self.schedule = build_adamw(
+            self.captioner, lambda _: 0.0, lr=lr, fused=True, **OPTIMIZER
+        )
+        self.batch = batch_for(case)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.case.autocast():
+            loss = batch_loss(self.captioner, self.batch, label_smoothing=0.1)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), 1.0)
+        self.optimizer.step()
+        self.schedule.step()
+
+
+class Theirs:
+    """A step of the plain way: pictures one caption each, all logits, Adam as it comes."""
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        self.model = Plain(build(case.model).train(), MODELS[case.model]["encoder"]).to(DEVICE)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=1e-4)
+        self.batch = batch_for(case)
+
+    def __call__(self) -> None:
+        self.optimizer.zero_grad()
+        with self.case.autocast():
+            loss = self.model.loss(self.batch.images, self.batch.tokens[:, 0], self.batch.lengths[:, 0], 0.1)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+
+
+def seconds(step: Callable[[], Any], times: int = 1) -> float:
+    _wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        step()
+    _wait()
+    return (time.perf_counter() - start) / times
+
+
+def _wait() -> None:
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+
+
+def differences(model: str) -> dict[str, float]:
+    """How far loss and gradients of the two ways are apart, float32, K = 1, relative to the largest gradient."""
+    torch.manual_seed(0)
+    captioner = build(model).eval().to(DEVICE)  # BatchNorm rounds with the layout of its input
+    for block in captioner.decoder.h:
+        torch.nn.init.normal_(block.crossattention.c_proj.weight, std=0.02)  # type: ignore[union-attr]
+    plain = Plain(captioner, MODELS[model]["encoder"]).eval().to(DEVICE)
+    batch = batch_for(Case(model, 1, "fp32"))
+    mine = batch_loss(captioner, batch, label_smoothing=0.0)
+    theirs = plain.loss(batch.images, batch.tokens[:, 0], batch.lengths[:, 0])
+    mine.backward()  # type: ignore[no-untyped-call]
+    theirs.backward()  # type: ignore[no-untyped-call]
+    found = {"loss": abs(float(mine - theirs))}
+    pairs = {
+        "encoder": (captioner.encoder.backbone, plain.encoder),
+        "bridge": (captioner.bridge, plain.bridge),
+        "embedding": (captioner.decoder.wte, plain.gpt2.transformer.wte),
+    }
+    for name, (one, other) in pairs.items():
+        gradients = [
+            (p.grad, q.grad)
+            for p, q in zip(one.parameters(), other.parameters(), strict=True)
+            if p.grad is not None
+        ]
+        largest = max(float(q.abs().max()) for _, q in gradients if q is not None)
+        found[name] = max(float((p - q).abs().max()) for p, q in gradients if q is not None) / largest
+    return found
+
+
+def parts(ours: Ours) -> dict[str, float]:
+    """Seconds of each part of a step, forward and backward, one by one."""
+    captioner, batch = ours.captioner, ours.batch
+    tokens, head = batch.tokens[..., :-1], captioner.decoder.wte.weight
+    with ours.case.autocast():
+        features = captioner.encoder(batch.images).detach()
+        memory = captioner.bridge(features).detach()
+        hidden = captioner.hidden_states(memory, tokens, batch.places).detach().requires_grad_()
+
+    def backward(forward: Callable[[], Tensor]) -> Callable[[], None]:
+        def both() -> None:
+            with ours.case.autocast():
+                result = forward()
+            result.sum().backward()  # type: ignore[no-untyped-call]
+
+        return both
+
+    runs = {
+        "encoder": backward(lambda: captioner.encoder(batch.images)),
+        "bridge": backward(lambda: captioner.bridge(features)),
+        "decoder": backward(lambda: captioner.hidden_states(memory, tokens, batch.places)),
+        "loss": backward(lambda: caption_loss(hidden, head, batch.targets, label_smoothing=0.1)),
+        "optimiser": ours.optimizer.step,
+    }
+    return {name: min(seconds(run) for _ in range(3)) for name, run in runs.items()}
+
+
+class Repeated(pl.LightningDataModule):
+    """The same batch again and again."""
+
+    def __init__(self, batch: CaptionBatch) -> None:
+        super().__init__()
+        self.batch = batch
+
+    def train_dataloader(self) -> Iterator[CaptionBatch]:
+        return iter(lambda: self.batch, None)
+
+    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
+        return batch
+
+
+class Clock(pl.Callback):
+    """Runs bare steps between Lightning's own, so that both are timed in the same moments."""
+
+    def __init__(self, bare: Callable[[], None]) -> None:
+        self.bare = bare
+        self.ratios: list[float] = []
+        self._last: float | None = None
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        _wait()
+        if self._last is not None:
+            lightnings = time.perf_counter() - self._last
+            self.ratios.append(lightnings / seconds(self.bare))
+        self._last = time.perf_counter()
+
+
+def lightning_overhead(case: Case, steps: int) -> float:
+    """Seconds of a step in Lightning's loop as a share of those of the bare loop, the median."""
+    bare, inside = Ours(case), Ours(case)
+    limits = {"max_tokens": 8, "min_tokens": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+    decoding = Greedy(**limits, banned=[], prefix="", batch_size=None)
+    lr = dict.fromkeys(("encoder", "bridge", "decoder"), 1e-4)
+    module = CaptionModule(
+        inside.captioner,
+        None,
+        decoding,
+        optimizer={"lr": lr, **OPTIMIZER},
+        label_smoothing=0.1,  # type: ignore[arg-type]
+    )
+    clock = Clock(bare)
+    trainer = pl.Trainer(
+        max_steps=steps + 2,
+        accelerator="auto",
+        devices=1,
+        precision="bf16-mixed" if case.dtype == "bf16" else "32-true",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        callbacks=[clock],
+    )
+    trainer.fit(module, datamodule=Repeated(bare.batch))
+    return statistics.median(clock.ratios[1:])
+
+
+def utilisation(ours: Ours, step_seconds: float) -> float | None:
+    """Model FLOPs a second as a share of what the GPU's data sheet promises in bfloat16; None where it is unknown."""
+    peak = next(
+        (peak for name, peak in PEAK.items() if DEVICE == "cuda" and name in torch.cuda.get_device_name()),
+        None,
+    )
+    if peak is None:
+        return None
+    with FlopCounterMode(display=False) as counter:
+        ours()
+    return counter.get_total_flops() / step_seconds / peak
+
+
+def measure(case: Case, rounds: int) -> dict[str, float]:
+    """Medians over rounds in which ours with K captions and the plain way with one take turns."""
+    ours, plain = Ours(case), Theirs(case)
+    for step in (ours, plain):
+        step()  # and everything is warm
+    mine, theirs = [], []
+    for _ in range(rounds):
+        mine.append(seconds(ours))
+        theirs.append(seconds(plain))
+    pictures = PICTURES[case.model]
+    ratios = [case.captions * other / own for own, other in zip(mine, theirs, strict=True)]
+    found = {
+        "ours": case.captions * pictures / statistics.median(mine),
+        "plain": pictures / statistics.median(theirs),
+        "ratio": statistics.median(ratios),
+    }
+    where = ", ".join(f"{name} {1000 * s:.0f}" for name, s in parts(ours).items())
+    share = utilisation(ours, statistics.median(mine))
+    print(
+        f"{case.model:<7}{case.dtype:<5}K={case.captions}  ours {found['ours']:7.1f} pairs/s  "
+        f"plain {found['plain']:7.1f}  ratio {found['ratio']:.2f} ({min(ratios):.2f} to {max(ratios):.2f})  ms: {where}"
+        + (f"  model FLOP utilisation {share:.1%}" if share else ""),
+        flush=True,
+    )
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", default="small,b0", help="of small, medium, b0 (default: small,b0)")
+    parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
+    parser.add_argument("--dtypes", default="bf16,fp32", help="(default: bf16,fp32)")
+    parser.add_argument("--short", action="store_true", help="two rounds of b0 alone")
+    options = parser.parse_args()
+    models, rounds = (["b0"], 2) if options.short else (options.models.split(","), options.rounds)
+    if DEVICE == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        print("this CPU has no bfloat16 arithmetic: its bf16 lines show emulation")
+    line: dict[str, Any] = {}
+    for model in models:
+        apart = differences(model)
+        print(
+            f"{model:<7}float32, K=1, apart: "
+            + ", ".join(f"{name} {value:.1e}" for name, value in apart.items())
+        )
+        for dtype in options.dtypes.split(","):
+            for captions in (5, 1):
+                found = measure(Case(model, captions, dtype), rounds)
+                key = f"k{captions}_vs_plain_{dtype}"
+                line[key if model == models[0] else f"{key}_{model}"] = round(found["ratio"], 3)
+    overhead = lightning_overhead(Case(models[0], 5, "fp32"), 2 * rounds)
+    print(f"{models[0]}: a step in Lightning's loop takes {overhead:.3f} of the bare loop's")
+    print(json.dumps({**line, "vs_bare_loop": round(overhead, 3)}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""What a captioner is trained for: the Lightning module that training.objective names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from efficap.data.module import CaptionData
+from efficap.decoding import Decoding
+from efficap.errors import InputError
+from efficap.models.captioner import Captioner
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.module import CaptionModule
+from efficap.training.self_critical import SelfCriticalModule, caption_reward, check_settings
+
+_OPTIONS = {
+    "cross_entropy": ("label_smoothing", "token_dropout", "start_size", "unfreeze_encoder_at"),
+    "scst": ("samples", "baseline", "temperature", "lr_scale"),
+}
+_OF_ALL = ("objective", "ema_decay")
+
+
+def check_objective(training: Mapping[str, Any]) -> None:
+    """Check the values of conf/training.
+
+    Raises:
+        InputError: an unknown objective, an option that is missing, another objective's, or out of range.
+    """
+    objective = training.get("objective")
+    if objective not in _OPTIONS:
+        raise InputError(f"training.objective={objective} must be one of {', '.join(_OPTIONS)}")
+    taken = (*_OPTIONS[objective], *_OF_ALL)
+    for name, value in training.items():
+        if name not in taken:
+            raise InputError(
+                f"training.{name}={value} is no option of training={objective}, which takes {', '.join(taken)}; "
+                "remove it or choose another objective"
+            )
+    missing = [name for name in taken if name not in training]
+    if missing:
+        raise InputError(
+            f"training.{missing[0]} is missing; conf/training/{objective}.yaml has a default: choose it by "
+            f"training={objective}"
+        )
+    if objective == "scst":
+        check_settings(**_options(training))
+
+
+def build_module(
+    cfg: Mapping[str, Any],
+    captioner: Captioner,
+    tokenizer: CaptionTokenizer,
+    decoding: Decoding,
+    data: CaptionData,
+) -> CaptionModule:
+    """The module for checked values of conf/train.yaml; `data` gives the captions that rewards are weighed by."""
+    training, optimizer = cfg["training"], cfg["optimizer"]
+    if training["objective"] == "cross_entropy":
+        return CaptionModule(captioner, tokenizer, decoding, optimizer=optimizer, **_options(training))
+    return SelfCriticalModule(
+        captioner,
+        tokenizer,
+        decoding,
+        optimizer=optimizer,
+        reward=caption_reward(data.training_captions(), tokenizer, data.max_tokens),
+        seed=cfg["seed"],
+        **_options(training),
+    )
+
+
+def _options(training: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: training[name] for name in _OPTIONS[training["objective"]]}

@@ -1,0 +1,236 @@
+"""Self-critical sequence training: captions that the model samples, rewarded by CIDEr-D.
+
+B images, K references and n samples of each, T tokens of the longest sample, D width, V vocabulary, m valid targets.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from efficap.batch import CaptionBatch
+from efficap.decoding import Decoded, Decoding, Greedy, Nucleus
+from efficap.errors import InputError
+from efficap.evaluation.cider_d import CiderD
+from efficap.models.captioner import Captioner, DecodingState
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.module import CaptionModule
+
+BASELINES = ("leave_one_out", "greedy")
+_NO_RULES: dict[str, Any] = {
+    "min_tokens": 0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "banned": [],
+    "prefix": "",
+}
+_ENCODED_AT_ONCE = 10_000  # captions
+
+
+class SelfCriticalModule(CaptionModule):
+    """Raises the expected CIDEr-D of a trained captioner's samples by REINFORCE.
+
+    Self-critical sequence training (Rennie et al. 2017, https://arxiv.org/abs/1612.00563): the gradient of a sample's
+    log-probability is weighed by how far its reward lies above a baseline. That is the reward of the greedy caption,
+    or, without another decoding, the mean reward of the picture's other samples (Luo 2020,
+    https://arxiv.org/abs/2003.09971, after Kool et al. 2019).
+
+    The captioner stays in evaluation mode. The samples and their log-probabilities must come from the same
+    distribution, which dropout would draw anew for each; and with a batch's own BatchNorm statistics it would be
+    another one than that which captions are later written from.
+
+    Args:
+        captioner, tokenizer, decoding, optimizer: as of `CaptionModule`. Samples have decoding's `max_tokens` at most;
+            its other rules are left to it, for a rule would change the samples' distribution but not the model's.
+        reward: scores samples, without BOS, with EOS where they have it, against the captions of the batch.
+        samples: n.
+        baseline: ``leave_one_out`` or ``greedy``.
+        temperature: of the samples, and of the distribution that is trained.
+        lr_scale: of the optimiser's learning rates, which are those of training from scratch.
+        seed: with the step and the image id, decides the samples: a resumed training draws them again.
+
+    Raises:
+        InputError: a setting out of its range.
+    """
+
+    def __init__(
+        self,
+        captioner: Captioner,
+        tokenizer: CaptionTokenizer,
+        decoding: Decoding,
+        *,
+        optimizer: Mapping[str, Any],
+        reward: CiderD,
+        samples: int,
+        baseline: str,
+        temperature: float,
+        lr_scale: float,
+        seed: int,
+    ) -> None:
+        check_settings(samples=samples, baseline=baseline, temperature=temperature, lr_scale=lr_scale)
+        scaled = {part: lr_scale * lr for part, lr in optimizer["lr"].items()}
+        super().__init__(
+            captioner, tokenizer, decoding, optimizer={**optimizer, "lr": scaled}, label_smoothing=0.0
+        )
+        self.captioner.eval()
+        self.reward, self.baseline, self.seed = reward, baseline, seed
+        self.greedy = Greedy(max_tokens=decoding.max_tokens, **_NO_RULES)
+        self.sampling = Nucleus(
+            max_tokens=decoding.max_tokens,
+            temperature=temperature,
+            top_k=None,
+            top_p=1.0,
+            min_p=0.0,
+            num_return_sequences=samples,
+            seed=seed,
+            **_NO_RULES,
+        )
+
+    def train(self, mode: bool = True) -> SelfCriticalModule:
+        """Like any module's, but the captioner stays in evaluation mode."""
+        super().train(mode)
+        self.captioner.eval()
+        return self
+
+    def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
+        memory = self.captioner.encode(batch.images)  # (B, N, D), for samples, baseline and gradient alike
+        sampled, baseline = self._written(memory.detach(), batch.image_ids)
+        with ThreadPoolExecutor(max_workers=1) as thread:  # the forward pass goes on meanwhile
+            rewards = thread.submit(self._rewards, batch, sampled, baseline)
+            tokens = sampled.tokens[..., :-1]
+            lengths = sampled.lengths.cpu()  # sampling has waited for them already
+            places = self._to_device(places_before_words(lengths))  # (m,)
+            hidden = self.captioner.hidden_states(memory, tokens, places)  # (m, D)
+            reward, advantage = self._to_device(rewards.result())  # (B, n) each
+        loss = self_critical_loss(
+            hidden,
+            self.captioner.decoder.wte.weight,
+            sampled.tokens[..., 1:].flatten()[places],
+            advantage[..., None].expand(tokens.shape).flatten()[places],
+            temperature=self.sampling.temperature,
+        )
+        self.log("train/reward", reward.mean(), prog_bar=True, batch_size=len(batch))
+        self.log("train/length", sampled.lengths.float().mean(), batch_size=len(batch))
+        self.log("train/ended", sampled.ended.float().mean(), batch_size=len(batch))
+        return loss
+
+    def _written(self, memory: Tensor, image_ids: list[str]) -> tuple[Decoded, Decoded | None]:
+        """The samples, and the greedy captions where they are the baseline."""
+        seed = (self.seed << 32) + self.global_step
+        sampled = self._decode(replace(self.sampling, seed=seed), memory, image_ids)
+        return sampled, self._decode(self.greedy, memory, image_ids) if self.baseline == "greedy" else None
+
+    @torch.no_grad()
+    def _decode(self, decoding: Decoding, memory: Tensor, image_ids: list[str]) -> Decoded:
+        tokenizer = self.writer.tokenizer
+        return decoding.decode(
+            DecodingState(self.captioner.decoder, memory, decoding.max_tokens),
+            image_ids,
+            bos_id=tokenizer.bos_id,
+            eos_id=tokenizer.eos_id,
+            device=memory.device,
+        )
+
+    def _rewards(self, batch: CaptionBatch, sampled: Decoded, greedy: Decoded | None) -> Tensor:
+        """(2, B, n) rewards of the samples, and how far they lie above the baseline."""
+        candidates = _words(sampled.tokens, sampled.lengths)
+        if greedy is not None:
+            baselines = _words(greedy.tokens, greedy.lengths)
+            candidates = [[*ours, *theirs] for ours, theirs in zip(candidates, baselines, strict=True)]
+        rewards = self.reward(
+            candidates, _words(batch.tokens, batch.lengths)
+        )  # (B, n), with the greedy one's
+        if greedy is None:
+            advantages = above_the_others(rewards)
+        else:
+            rewards, baseline = rewards[:, :-1], rewards[:, -1:]
+            advantages = rewards - baseline
+        return torch.from_numpy(np.stack([rewards, advantages])).float()
+
+    def _to_device(self, values: Tensor) -> Tensor:
+        if self.device.type == "cuda":  # from page-locked memory the copy waits for nothing
+            return values.pin_memory().to(self.device, non_blocking=True)
+        return values.to(self.device)
+
+
+def check_settings(*, samples: int, baseline: str, temperature: float, lr_scale: float) -> None:
+    """Raises InputError where a setting of `SelfCriticalModule` is out of its range."""
+    if baseline not in BASELINES:
+        raise InputError(f"training.baseline={baseline} must be one of {', '.join(BASELINES)}")
+    least = 2 if baseline == "leave_one_out" else 1
+    if not isinstance(samples, int) or samples < least:
+        way_out = "; training.baseline=greedy does with 1" if samples == 1 else ""
+        raise InputError(f"training.samples={samples} must be a whole number of at least {least}{way_out}")
+    if not 0.01 <= temperature <= 100:
+        raise InputError(
+            f"training.temperature={temperature} must be from 0.01 to 100; 1 trains the model's own distribution"
+        )
+    if lr_scale <= 0:
+        raise InputError(f"training.lr_scale={lr_scale} must be above 0; 1 keeps optimizer.lr")
+
+
+def caption_reward(captions: Iterable[str], tokenizer: CaptionTokenizer, max_tokens: int) -> CiderD:
+    """CIDEr-D in the tokenizer's ids, EOS counted, each caption a document of its frequencies.
+
+    A caption, and not a picture's captions together: so it is the same for every kind of data.
+
+    Args:
+        captions: of the training split.
+        max_tokens: longer ones are cut, as in training.
+    """
+
+    def documents() -> Iterator[list[list[int]]]:
+        rest = iter(captions)
+        while part := list(itertools.islice(rest, _ENCODED_AT_ONCE)):
+            for ids in tokenizer.encode(part, max_tokens)[0]:
+                yield [ids[1:]]
+
+    return CiderD(documents())
+
+
+def above_the_others(rewards: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """(B, n) rewards less the mean reward of the same picture's other n - 1 samples."""
+    n = rewards.shape[1]
+    return (rewards - rewards.mean(axis=1, keepdims=True)) * (n / (n - 1))
+
+
+def places_before_words(lengths: Tensor) -> Tensor:
+    """(m,) places, among B * n * (T - 1) positions, of the tokens that another valid one follows.
+
+    Args:
+        lengths: (B, n) int64, valid tokens of each sample, BOS counted; T is the largest.
+    """
+    positions = torch.arange(int(lengths.max()) - 1, device=lengths.device)
+    return (positions < lengths.flatten()[:, None] - 1).flatten().nonzero()[:, 0]
+
+
+def self_critical_loss(
+    hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, *, temperature: float
+) -> Tensor:
+    """-advantage * log p of each sampled token, EOS among them, the mean over those of the batch.
+
+    Args:
+        hidden: (m, D), what the decoder made of the tokens before.
+        head: (V, D), the output layer's weight.
+        targets: (m,) int64.
+        advantages: (m,) float32, the sample's reward less the baseline.
+        temperature: that the samples were drawn at.
+    """
+    logits = F.linear(hidden, head).float() / temperature  # (m, V)
+    return (advantages * F.cross_entropy(logits, targets, reduction="none")).mean()
+
+
+def _words(tokens: Tensor, lengths: Tensor) -> list[list[list[int]]]:
+    """The ids of each caption of each picture, BOS left out; none for a caption that is not there."""
+    return [
+        [ids[1:length] for ids, length in zip(of_image, of_each, strict=True) if length]
+        for of_image, of_each in zip(tokens.tolist(), lengths.tolist(), strict=True)
+    ]

@@ -1,0 +1,174 @@
+"""Trainings that start from a run: self-critical ones above all."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from conftest import compose, tiny_overrides, write_colour_table
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from efficap.commands.evaluate import evaluate
+from efficap.commands.init_from import with_model_of
+from efficap.commands.run_dir import RunDirectory
+from efficap.commands.train import train
+from efficap.errors import InputError
+
+pytestmark = pytest.mark.slow
+
+SCST = ["training=scst", "trainer.max_epochs=2"]
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """(table folder, run directory) of a training by cross-entropy."""
+    folder = write_colour_table(tmp_path_factory.mktemp("colours"))
+    run = tmp_path_factory.mktemp("outputs") / "start"
+    return folder, train(compose("train", *tiny_overrides(folder, run), "trainer.max_epochs=12"))
+
+
+def from_run(start: tuple[Path, Path], out: Path, *overrides: str) -> list[str]:
+    """Overrides that name no model, with `init_from` in their place."""
+    folder, run = start
+    data = [o for o in tiny_overrides(folder, out) if not o.startswith("model")]
+    return [*data, f"init_from={run}", *overrides]
+
+
+@pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
+def test_a_run_goes_on_self_critically_and_evaluates(
+    start: tuple[Path, Path], tmp_path: Path, baseline: str
+) -> None:
+    changes = [
+        *SCST,
+        f"training.baseline={baseline}",
+        "trainer.accumulate_grad_batches=2",
+        "training.ema_decay=0.9",
+    ]
+    run = train(compose("train", *from_run(start, tmp_path / "run", *changes)))
+    table = pd.read_csv(run / "metrics.csv")
+    assert (table["train/reward"].dropna() >= 0).all()
+    assert table["train/length"].dropna().between(2, 12).all()
+    assert table["train/ended"].dropna().between(0, 1).all()
+    assert {"val/loss", "val/CIDEr"} <= set(table.columns)
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["init_from"] == str(start[1].resolve())
+    assert config["model"] == RunDirectory(start[1]).config["model"]
+    tokenizer = "tokenizer/tokenizer.json"
+    assert (run / tokenizer).read_text() == (start[1] / tokenizer).read_text()
+    scores = evaluate(compose("eval", f"run={run}", "split=val", "metrics=[CIDEr]"))
+    best = json.loads((run / "metrics.json").read_text())["best"]
+    assert scores["CIDEr"] == pytest.approx(best["val/CIDEr"], abs=1e-5)
+
+
+def test_the_reward_rises(start: tuple[Path, Path], tmp_path: Path) -> None:
+    changes = [
+        "training=scst",
+        "trainer.max_epochs=30",
+        "trainer.check_val_every_n_epoch=30",
+        "training.lr_scale=0.5",
+    ]
+    run = train(compose("train", *from_run(start, tmp_path / "run", *changes)))
+    reward = pd.read_csv(run / "metrics.csv")["train/reward"].dropna()
+    assert reward[-10:].mean() > 1.3 * reward[:10].mean()
+
+
+def test_training_starts_from_the_runs_weights(start: tuple[Path, Path], tmp_path: Path) -> None:
+    still = "optimizer.lr={encoder: 0.0, bridge: 0.0, decoder: 0.0}"
+    run = train(compose("train", *from_run(start, tmp_path / "run", still, "trainer.max_epochs=1")))
+    weights, expected = load_file(run / "model.safetensors"), load_file(start[1] / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    statistics = [key for key in expected if "running" not in key and "num_batches" not in key]
+    assert all(torch.equal(weights[key], expected[key]) for key in statistics)
+    moved = "encoder.backbone.bn1.running_mean"
+    assert not torch.equal(weights[moved], expected[moved]), "by cross-entropy, BatchNorm is in training"
+
+
+def test_the_samples_of_a_training_are_reproducible(start: tuple[Path, Path], tmp_path: Path) -> None:
+    tables = [
+        pd.read_csv(train(compose("train", *from_run(start, tmp_path / name, *SCST))) / "metrics.csv")
+        for name in ("one", "two")
+    ]
+    assert tables[0]["train/reward"].equals(tables[1]["train/reward"])
+
+
+def said(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
+    """Hydra's own record of a command line."""
+    cfg = OmegaConf.create({"hydra": {"overrides": {"task": list(overrides)}}})
+    monkeypatch.setattr(HydraConfig, "instance", lambda *_, **__: OmegaConf.create({"cfg": cfg}))
+    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
+
+
+def with_start(start: tuple[Path, Path], *overrides: str) -> dict[str, object]:
+    cfg = compose("train", "name=x", "output_dir=o", "data=demo", f"init_from={start[1]}", *overrides)
+    return with_model_of(RunDirectory(start[1]), cfg)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.image_size=128", r"model.image_size=128 must be 64, as in init_from=.*; leave model out"),
+        ("model.decoder.n_layer=3", r"model.decoder.n_layer=3 must be 2, as in init_from="),
+        ("model=small", r"model\.\S+=\S+ must be \S+, as in init_from="),
+    ],
+)
+def test_another_model_than_the_runs_is_refused(
+    start: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, override: str, message: str
+) -> None:
+    said(monkeypatch, override)
+    with pytest.raises(InputError, match=message):
+        with_start(start, override)
+
+
+def test_what_fits_the_runs_model_may_be_said(
+    start: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [
+        "model.image_size=64",
+        "model.encoder.frozen=true",
+        "model.lr.bridge=0.125",
+        "optimizer.lr.encoder=0.25",
+    ]
+    said(monkeypatch, *changes)
+    cfg = with_start(start, *changes)
+    expected = RunDirectory(start[1]).config["model"]
+    expected["encoder"]["frozen"] = True
+    expected["lr"]["bridge"] = 0.125
+    assert cfg["model"] == expected
+    assert cfg["optimizer"]["lr"] == {"encoder": 0.25, "bridge": 0.125, "decoder": expected["lr"]["decoder"]}
+
+
+def test_a_run_that_is_not_there_is_named_by_its_setting(tmp_path: Path, colour_table: Path) -> None:
+    overrides = tiny_overrides(colour_table, tmp_path / "run")
+    with pytest.raises(InputError, match=r"init_from=nowhere does not exist; give a run directory"):
+        train(compose("train", *overrides, "init_from=nowhere"))
+
+
+def test_an_option_of_another_objective_is_refused(start: tuple[Path, Path], tmp_path: Path) -> None:
+    overrides = from_run(start, tmp_path / "run", *SCST, "+training.label_smoothing=0.1")
+    with pytest.raises(InputError, match=r"training.label_smoothing=0.1 is no option of training=scst"):
+        train(compose("train", *overrides))
+
+
+def test_the_command_line_is_heard(start: tuple[Path, Path], tmp_path: Path) -> None:
+    """Hydra keeps what was said where `with_model_of` looks for it."""
+    root = Path(__file__).parents[2]
+    overrides = from_run(start, tmp_path / "run", *SCST, "model.decoder.n_layer=3")
+    done = subprocess.run(
+        [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'hydra'}"],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert "model.decoder.n_layer=3 must be 2, as in init_from=" in done.stderr

@@ -1,0 +1,98 @@
+"""Pictures that grow, words that are replaced, an encoder that wakes up, learning rates that fade with depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import tiny_model
+
+from efficap.errors import InputError
+from efficap.models.pretrained import build_captioner
+from efficap.training.augment import drop_tokens, growing_size, resized
+from efficap.training.module import CaptionModule
+from efficap.training.optim import build_adamw, parameter_groups
+
+LR = {"encoder": 1.0, "bridge": 1.0, "decoder": 1.0}
+
+
+def test_pictures_grow_in_steps_of_a_position_and_are_full_for_the_last_quarter() -> None:
+    sizes = [growing_size(64, 160, share / 100) for share in range(101)]
+    assert sizes == sorted(sizes)
+    assert set(sizes) == {64, 96, 128, 160}
+    assert sizes[0] == 64
+    assert set(sizes[75:]) == {160}
+    assert growing_size(128, 128, 0.1) == 128
+    assert growing_size(64, 100, 1.0) == 100
+
+
+def test_a_resized_picture_keeps_its_mean_and_type() -> None:
+    flat = torch.full((1, 3, 128, 128), 200, dtype=torch.uint8)
+    flat[..., :64] = 100
+    small = resized(flat, 64)
+    assert small.shape == (1, 3, 64, 64)
+    assert small.dtype == torch.uint8
+    assert set(small[..., :30].unique().tolist()) == {100}
+    assert set(small[..., 34:].unique().tolist()) == {200}
+    assert resized(flat, 128) is flat
+
+
+def test_a_share_of_the_words_is_replaced_but_never_bos() -> None:
+    torch.manual_seed(0)
+    tokens = torch.full((50, 5, 40), 7)
+    read = drop_tokens(tokens, 0.3, 1000)
+    assert (read[..., 0] == 7).all()
+    assert abs(float((read[..., 1:] != 7).float().mean()) - 0.3) < 0.02
+    assert torch.equal(drop_tokens(tokens, 0.0, 1000), tokens)
+
+
+def test_learning_rates_fade_with_depth_and_not_in_what_starts_fresh() -> None:
+    captioner = build_captioner(tiny_model(decoder__n_layer=3), 97)
+    groups = parameter_groups(captioner, lr=LR, weight_decay=0.0, layer_decay=0.5)
+    lr = {id(p): group["lr"] for group in groups for p in group["params"]}
+    decoder, backbone = captioner.decoder, captioner.encoder.backbone
+    stages = len(backbone.blocks)
+    assert lr[id(decoder.ln_f.weight)] == 1
+    assert [lr[id(block.attn.c_attn.weight)] for block in decoder.h] == [0.25, 0.5, 1]
+    assert lr[id(decoder.wte.weight)] == 0.125
+    assert {lr[id(block.crossattention.c_attn.weight)] for block in decoder.h} == {1}
+    assert {lr[id(p)] for p in captioner.bridge.parameters()} == {1}
+    assert lr[id(backbone.conv_head.weight)] == 1
+    assert lr[id(backbone.conv_stem.weight)] == 0.5**stages
+    assert lr[id(next(backbone.blocks[0].parameters()))] == 0.5 ** (stages - 1)
+    assert sum(len(group["params"]) for group in groups) == len(list(captioner.parameters()))
+
+
+@pytest.mark.parametrize("value", [0.0, 1.5])
+def test_a_layer_decay_that_is_none_is_refused(value: float) -> None:
+    captioner = build_captioner(tiny_model(), 97)
+    settings = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 1, "final_lr": 0.0}
+    with pytest.raises(InputError, match=f"optimizer.layer_decay={value} must be above 0"):
+        build_adamw(captioner, lambda _: 0.0, lr=LR, layer_decay=value, fused=True, **settings)
+
+
+def test_a_sleeping_encoder_keeps_weights_and_statistics_and_then_learns() -> None:
+    encoder = build_captioner(tiny_model(), 97).train().encoder
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    encoder.freeze(True)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    assert not encoder(images).requires_grad
+    assert all(torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+    encoder.freeze(False)
+    encoder(images).sum().backward()
+    assert all(parameter.grad is not None for parameter in encoder.backbone.parameters())
+    assert any(not torch.equal(before[key], value) for key, value in encoder.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"label_smoothing": 1.0}, "training.label_smoothing=1.0 must be at least 0 and below 1"),
+        ({"token_dropout": -0.1}, "training.token_dropout=-0.1 must be at least 0 and below 1"),
+        ({"start_size": 16}, "training.start_size=16 must be at least 32 pixels"),
+        ({"unfreeze_encoder_at": 2}, "training.unfreeze_encoder_at=2 must be at least 0 and below 1"),
+    ],
+)
+def test_an_option_out_of_its_range_is_named(option: dict[str, float], message: str) -> None:
+    settings = {"label_smoothing": 0.1, **option}
+    with pytest.raises(InputError, match=message):
+        CaptionModule(build_captioner(tiny_model(), 97), None, None, optimizer={}, **settings)
