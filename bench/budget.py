@@ -40,10 +40,11 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
     """Train by conf/experiment/flickr8k.yaml, at the plain way's sizes unless `--best`; evaluate with 3 beams."""
     from hydra import compose, initialize_config_dir
 
-    from efficap.commands.entry import plain
+    from efficap.commands.entry import plain, tune_process
     from efficap.commands.evaluate import evaluate
     from efficap.commands.train import train
 
+    tune_process()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         changes = [
             "experiment=flickr8k",

@@ -1,6 +1,6 @@
 """A training step: efficap against what a user would write with timm and transformers, in one run, in pairs.
 
-    python bench/train_step.py [--models small,b0] [--rounds 5] [--short]
+    python bench/train_step.py [--models small,b0] [--dtypes bf16,fp32] [--rounds 5] [--short]
 
 The plain way sees a picture once for each caption; efficap sees it once for all K. Sizes are `small`'s at 224 pixels,
 8 pictures, captions of 20 tokens; and those of a model that trains from nothing on a small set: EfficientNet-B0 at
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import os
 import statistics
 import time
@@ -29,6 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from efficap.batch import CaptionBatch
+from efficap.commands.entry import tune_process
 from efficap.decoding import Greedy
 from efficap.training.losses import batch_loss, caption_loss
 from efficap.training.module import CaptionModule
@@ -232,6 +234,7 @@ def lightning_overhead(case: Case, steps: int) -> float:
         label_smoothing=0.1,  # type: ignore[arg-type]
     )
     clock = Clock(bare)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     trainer = pl.Trainer(
         max_steps=steps + 2,
         accelerator="auto",
@@ -294,12 +297,17 @@ def main() -> None:
     )
     parser.add_argument("--models", default="small,b0", help="of small, medium, b0 (default: small,b0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
-    parser.add_argument("--dtypes", default="bf16,fp32", help="(default: bf16,fp32)")
+    has_bf16 = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    dtypes = "bf16,fp32" if has_bf16 else "fp32"
+    parser.add_argument(
+        "--dtypes", default=dtypes, help="bf16,fp32, or fp32 where bfloat16 would be emulated"
+    )
     parser.add_argument("--short", action="store_true", help="two rounds of b0 alone")
     options = parser.parse_args()
+    tune_process()  # both ways gain by it
     models, rounds = (["b0"], 2) if options.short else (options.models.split(","), options.rounds)
-    if DEVICE == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print("this CPU has no bfloat16 arithmetic: its bf16 lines show emulation")
+    if not has_bf16:
+        print("this CPU has no bfloat16 arithmetic")
     line: dict[str, Any] = {}
     for model in models:
         apart = differences(model)

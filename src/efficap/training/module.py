@@ -60,17 +60,12 @@ class CaptionModule(pl.LightningModule):
         unfreeze_encoder_at: float | None = None,
     ) -> None:
         super().__init__()
-        for name, share in (
-            ("label_smoothing", label_smoothing),
-            ("token_dropout", token_dropout),
-            ("unfreeze_encoder_at", unfreeze_encoder_at),
-        ):
-            if share is not None and not 0 <= share < 1:
-                raise InputError(f"training.{name}={share} must be at least 0 and below 1")
-        if start_size is not None and start_size < STEP:
-            raise InputError(
-                f"training.start_size={start_size} must be at least {STEP} pixels; null: no growing"
-            )
+        check_settings(
+            label_smoothing=label_smoothing,
+            token_dropout=token_dropout,
+            start_size=start_size,
+            unfreeze_encoder_at=unfreeze_encoder_at,
+        )
         if unfreeze_encoder_at is not None and captioner.encoder.frozen:
             raise InputError(
                 f"training.unfreeze_encoder_at={unfreeze_encoder_at} must not come with model.encoder.frozen=true, "
@@ -150,6 +145,25 @@ class CaptionModule(pl.LightningModule):
                 if remaining is not None:
                     shares.append(elapsed / (elapsed + remaining))
         return max(shares)
+
+
+def check_settings(
+    *,
+    label_smoothing: float,
+    token_dropout: float,
+    start_size: int | None,
+    unfreeze_encoder_at: float | None,
+) -> None:
+    """Raises InputError where a setting of `CaptionModule` is out of its range."""
+    for name, share in (
+        ("label_smoothing", label_smoothing),
+        ("token_dropout", token_dropout),
+        ("unfreeze_encoder_at", unfreeze_encoder_at),
+    ):
+        if share is not None and not 0 <= share < 1:
+            raise InputError(f"training.{name}={share} must be at least 0 and below 1")
+    if start_size is not None and start_size < STEP:
+        raise InputError(f"training.start_size={start_size} must be at least {STEP} pixels; null: no growing")
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

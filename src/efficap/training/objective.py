@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from efficap.data.module import CaptionData
@@ -10,14 +10,19 @@ from efficap.decoding import Decoding
 from efficap.errors import InputError
 from efficap.models.captioner import Captioner
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training import module, self_critical
 from efficap.training.module import CaptionModule
-from efficap.training.self_critical import SelfCriticalModule, caption_reward, check_settings
+from efficap.training.self_critical import SelfCriticalModule, caption_reward
 
 _OPTIONS = {
     "cross_entropy": ("label_smoothing", "token_dropout", "start_size", "unfreeze_encoder_at"),
     "scst": ("samples", "baseline", "temperature", "lr_scale"),
 }
 _OF_ALL = ("objective", "ema_decay")
+_CHECKS: dict[str, Callable[..., None]] = {
+    "cross_entropy": module.check_settings,
+    "scst": self_critical.check_settings,
+}
 
 
 def check_objective(training: Mapping[str, Any]) -> None:
@@ -42,8 +47,7 @@ def check_objective(training: Mapping[str, Any]) -> None:
             f"training.{missing[0]} is missing; conf/training/{objective}.yaml has a default: choose it by "
             f"training={objective}"
         )
-    if objective == "scst":
-        check_settings(**_options(training))
+    _CHECKS[objective](**_options(training))
 
 
 def build_module(
