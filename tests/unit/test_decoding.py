@@ -155,25 +155,46 @@ def test_successive_words_are_drawn_independently() -> None:
     assert ((pairs - draws * exact) ** 2 / (draws * exact))[inside].sum() < 26.1  # 0.999, 8 degrees
 
 
-@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
-@pytest.mark.parametrize("top_p", [0.5, 1.0])
-def test_extreme_random_numbers_stay_inside_the_nucleus(
-    extreme: float, top_p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def draws_at(
+    extreme: float, logits: torch.Tensor, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """The first words (B,) where every random number is `extreme`, and EOS must not come yet."""
     monkeypatch.setattr(
         "efficap.decoding.sampling.uniform_numbers",
         lambda seed, keys, count: torch.full((len(keys), count), extreme),
     )
+    nucleus = build_decoding(NUCLEUS | {"top_p": top_p, "max_tokens": 3, "min_tokens": 2})
+    return run(nucleus, lambda newest, parents, images: logits, ids(len(logits))).tokens[:, 0, 1]
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_extreme_random_numbers_stay_inside_the_nucleus(
+    extreme: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = torch.randn(
         2000, 50, generator=torch.Generator().manual_seed(0)
     )  # sums round to either side of 1
-    nucleus = build_decoding(NUCLEUS | {"top_p": top_p, "max_tokens": 3, "min_tokens": 2})
-    words = run(nucleus, lambda newest, parents, images: logits, ids(2000)).tokens[:, 0, 1]
+    words = draws_at(extreme, logits, 0.5, monkeypatch)
     logits[:, EOS] = -torch.inf  # as min_tokens forbids it
-    kept = TopPLogitsWarper(top_p)(None, logits)
+    kept = TopPLogitsWarper(0.5)(None, logits)
     expected = kept.argmax(-1) if extreme == 0 else kept.masked_fill(kept.isinf(), torch.inf).argmin(-1)
     assert (words != EOS).all()
     assert (words == expected).float().mean() > 0.99  # both sides round
+
+
+@pytest.mark.parametrize("extreme", [0.0, 1 - 2**-24])
+def test_extreme_random_numbers_never_choose_what_cannot_come(
+    extreme: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logits = torch.randn(2000, 50, generator=torch.Generator().manual_seed(0))
+    impossible = torch.rand(2000, 50, generator=torch.Generator().manual_seed(1)) < 0.5
+    impossible[:, [0, 49]] = True
+    words = draws_at(extreme, logits.masked_fill(impossible, -torch.inf), 1.0, monkeypatch)
+    impossible[:, EOS] = True
+    assert not impossible.gather(1, words[:, None]).any()
+    ends = (~impossible).long()
+    expected = ends.argmax(-1) if extreme == 0 else 49 - ends.flip(-1).argmax(-1)
+    assert (words == expected).float().mean() > 0.9  # a last word of less than 2**-24 is passed over
 
 
 def test_image_ids_may_be_any_text() -> None:

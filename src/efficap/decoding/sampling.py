@@ -185,12 +185,8 @@ class Nucleus(_Independent):
 
     def _draw(self, scores: Tensor, uniform: Tensor) -> Tensor:
         """Words (B,) by inverse CDF over the nucleus, at `uniform` (B, 1) of its probability."""
-        if (
-            self.top_k is None and self.top_p == 1 and self.min_p == 0
-        ):  # all words: nothing needs to be sorted
-            upto = (scores / self.temperature).softmax(dim=-1).cumsum(dim=-1)  # (B, V)
-            place = (upto <= uniform * upto[:, -1:]).sum(dim=-1)
-            return place.clamp(max=scores.shape[-1] - 1)
+        if self.top_k is None and self.top_p == 1 and self.min_p == 0:
+            return _inverse_cdf((scores / self.temperature).softmax(dim=-1), uniform)
         ranked, words = scores.sort(dim=-1, descending=True, stable=True)  # (B, V)
         ranked, words = ranked[:, : self.top_k], words[:, : self.top_k]  # (B, S)
         probs = ((ranked - ranked[:, :1]) / self.temperature).softmax(dim=-1)
@@ -203,6 +199,16 @@ class Nucleus(_Independent):
         place = (upto <= target).sum(dim=-1, keepdim=True)
         place = torch.minimum(place, last)  # a parallel cumsum may round to a sequence that is not monotone
         return words.gather(1, place)[:, 0]
+
+
+def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
+    """Words (B,) in the order of their ids, at `uniform` (B, 1) of `probs` (B, V): nothing needs to be sorted."""
+    upto = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)  # (B, V), and what cannot come is never above
+    total = upto.amax(dim=-1, keepdim=True)  # (B, 1)
+    target = torch.minimum(
+        uniform * total, total.nextafter(torch.zeros_like(total))
+    )  # the product may round up
+    return (upto > target).byte().argmax(dim=-1)  # the first that is
 
 
 def uniform_numbers(seed: int, keys: Sequence[str], count: int) -> Tensor:
