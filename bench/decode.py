@@ -31,7 +31,7 @@ from transformers import LogitsProcessorList
 from transformers.utils import logging
 
 from efficap.decoding import Beam
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 
 VOCABULARY = 50_257
 END = VOCABULARY - 1
@@ -58,7 +58,7 @@ class Case:
         return 8 + picture * 5 % 9 if self.ends else self.tokens + 1
 
 
-def build_random(case: Case) -> Captioner:
+def build_random(case: Case) -> CaptionModel:
     """A captioner of random weights whose cross-attention and positions matter to what it says."""
     torch.manual_seed(0)
     captioner = build(case.model)
@@ -88,7 +88,7 @@ def theirs(plain: Plain, images: Tensor, case: Case) -> Tensor:
     )
 
 
-def ours(captioner: Captioner, images: Tensor, case: Case) -> Tensor:
+def ours(captioner: CaptionModel, images: Tensor, case: Case) -> Tensor:
     """The (B, T) best captions."""
     beam = Beam(
         max_tokens=case.tokens,
@@ -125,7 +125,7 @@ def ours(captioner: Captioner, images: Tensor, case: Case) -> Tensor:
 class Floor:
     """The encoder, the bridge, and the matrix products that this decoding cannot do without."""
 
-    def __init__(self, captioner: Captioner, case: Case) -> None:
+    def __init__(self, captioner: CaptionModel, case: Case) -> None:
         self.captioner = captioner
         decoder = captioner.decoder
         layers = [module for module in decoder.h.modules() if isinstance(module, nn.Linear)]

@@ -103,7 +103,7 @@ class _Training:
     ) -> None:
         from hydra.utils import instantiate
 
-        from efficap.models.pretrained import build_captioner, preprocessing, resolve_model
+        from efficap.models.build import build_model, preprocessing, resolve_model
         from efficap.tokenizer import CaptionTokenizer
         from efficap.training.feature_cache import cache_features
 
@@ -114,7 +114,7 @@ class _Training:
         self.data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
         torch.manual_seed(0)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.captioner = build_captioner(model, WORDS).to(self.device)
+        self.captioner = build_model(model, WORDS).to(self.device)
         begin = time.perf_counter()
         cache_features(
             self.captioner.encoder,

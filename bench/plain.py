@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LogitsProcessorList
 
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 
 MODELS: dict[str, dict[str, Any]] = {
     "small": {
@@ -41,11 +41,11 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(model: str, vocab_size: int | None = None) -> Captioner:
+def build(model: str, vocab_size: int | None = None) -> CaptionModel:
     """A captioner of random weights, of `MODELS`' sizes."""
     sizes = MODELS[model]
     heads = sizes["decoder"]["n_head"]
-    return Captioner(
+    return CaptionModel(
         image_size=sizes["image_size"],
         vocab_size=vocab_size or sizes["vocab_size"],
         encoder={
@@ -69,7 +69,7 @@ class Plain(nn.Module):
         dropout: of the decoder.
     """
 
-    def __init__(self, captioner: Captioner, encoder: str, dropout: float = 0.0) -> None:
+    def __init__(self, captioner: CaptionModel, encoder: str, dropout: float = 0.0) -> None:
         super().__init__()
         self.encoder = timm.create_model(encoder, num_classes=0, global_pool="")
         self.encoder.load_state_dict(captioner.encoder.backbone.state_dict())

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from efficap.decoding import Decoded, Decoding
 from efficap.models.captioner import DecodingState
 from efficap.models.gpt2 import GPT2
-from efficap.models.pretrained import gpt2_state_dict
+from efficap.models.pretrained.gpt2 import gpt2_state_dict
 
 BOS, EOS = 0, 1
 RULES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "banned": [], "prefix": ""}

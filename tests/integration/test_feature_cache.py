@@ -22,9 +22,9 @@ from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
 from efficap.data.csv import CSVDataModule
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
+from efficap.models.build import build_model, preprocessing, resolve_model
+from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import ImageEncoder
-from efficap.models.pretrained import build_captioner, preprocessing, resolve_model
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.feature_cache import cache_features
 
@@ -53,7 +53,7 @@ def encodings(monkeypatch: pytest.MonkeyPatch) -> Encodings:
     return Encodings(monkeypatch)
 
 
-def prepared(folder: Path, *overrides: str, seed: int = 0) -> tuple[CSVDataModule, Captioner]:
+def prepared(folder: Path, *overrides: str, seed: int = 0) -> tuple[CSVDataModule, CaptionModel]:
     """Data and model as train.py makes them, the features cached where the overrides say so."""
     cfg = compose(
         "train", *tiny_overrides(folder, folder / "unused"), "model.encoder.frozen=true", *overrides
@@ -65,7 +65,7 @@ def prepared(folder: Path, *overrides: str, seed: int = 0) -> tuple[CSVDataModul
         CaptionTokenizer.learn(data.training_captions(), 300), **preprocessing(model), splits=["train", "val"]
     )
     torch.manual_seed(seed)
-    captioner = build_captioner(model, data.tokenizer.vocab_size)
+    captioner = build_model(model, data.tokenizer.vocab_size)
     for parameter in (*captioner.bridge.parameters(), *captioner.decoder.parameters()):
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.3)  # cross-attention starts at zero, and would not look
@@ -79,7 +79,7 @@ def prepared(folder: Path, *overrides: str, seed: int = 0) -> tuple[CSVDataModul
     return data, captioner.train()
 
 
-def loss(captioner: Captioner, batch: CaptionBatch) -> Tensor:
+def loss(captioner: CaptionModel, batch: CaptionBatch) -> Tensor:
     logits = captioner(batch.images, batch.tokens[..., :-1])  # (B, K, T - 1, V)
     targets, positions = batch.tokens[..., 1:].clone(), torch.arange(batch.tokens.shape[-1] - 1)
     targets[positions >= batch.lengths[..., None] - 1] = -100

@@ -30,7 +30,7 @@ from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import batch_loss
 from efficap.training.module import CaptionModule
@@ -118,7 +118,7 @@ def ids(batches: Iterable[CaptionBatch]) -> list[str]:
 def losses(data: CaptionDataModule, split: str) -> list[float]:
     """Of a tiny captioner on each batch that evaluation sees."""
     torch.manual_seed(0)
-    captioner = build_captioner(tiny_model(decoder__n_positions=64), data.tokenizer.vocab_size).eval()
+    captioner = build_model(tiny_model(decoder__n_positions=64), data.tokenizer.vocab_size).eval()
     found = []
     with torch.no_grad():
         for batch in data.evaluation_dataloader(split):

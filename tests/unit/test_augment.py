@@ -7,7 +7,7 @@ import torch
 from conftest import tiny_model
 
 from efficap.errors import InputError
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
 from efficap.training.augment import drop_tokens, growing_size, resized
 from efficap.training.module import CaptionModule
 from efficap.training.optim import build_adamw, parameter_groups
@@ -46,7 +46,7 @@ def test_a_share_of_the_words_is_replaced_but_never_bos() -> None:
 
 
 def test_learning_rates_fade_with_depth_and_not_in_what_starts_fresh() -> None:
-    captioner = build_captioner(tiny_model(decoder__n_layer=3), 97)
+    captioner = build_model(tiny_model(decoder__n_layer=3), 97)
     groups = parameter_groups(captioner, lr=LR, weight_decay=0.0, layer_decay=0.5)
     lr = {id(p): group["lr"] for group in groups for p in group["params"]}
     decoder, backbone = captioner.decoder, captioner.encoder.backbone
@@ -64,14 +64,14 @@ def test_learning_rates_fade_with_depth_and_not_in_what_starts_fresh() -> None:
 
 @pytest.mark.parametrize("value", [0.0, 1.5])
 def test_a_layer_decay_that_is_none_is_refused(value: float) -> None:
-    captioner = build_captioner(tiny_model(), 97)
+    captioner = build_model(tiny_model(), 97)
     settings = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 1, "final_lr": 0.0}
     with pytest.raises(InputError, match=f"optimizer.layer_decay={value} must be above 0"):
         build_adamw(captioner, lambda _: 0.0, lr=LR, layer_decay=value, fused=True, **settings)
 
 
 def test_a_sleeping_encoder_keeps_weights_and_statistics_and_then_learns() -> None:
-    encoder = build_captioner(tiny_model(), 97).train().encoder
+    encoder = build_model(tiny_model(), 97).train().encoder
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
     encoder.freeze(True)
     before = {key: value.clone() for key, value in encoder.state_dict().items()}
@@ -95,4 +95,4 @@ def test_a_sleeping_encoder_keeps_weights_and_statistics_and_then_learns() -> No
 def test_an_option_out_of_its_range_is_named(option: dict[str, float], message: str) -> None:
     settings = {"label_smoothing": 0.1, **option}
     with pytest.raises(InputError, match=message):
-        CaptionModule(build_captioner(tiny_model(), 97), None, None, optimizer={}, **settings)
+        CaptionModule(build_model(tiny_model(), 97), None, None, optimizer={}, **settings)

@@ -18,7 +18,7 @@ from torch import Tensor
 from efficap.data.features import INDEX_FILE, MAPS_FILE, FeatureStore, Stamp, stamp
 from efficap.data.pictures import PictureError
 from efficap.errors import InputError
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
 from efficap.training.feature_cache import encoder_digest
 
 SHAPE = (3, 2, 2)  # C, h, w: 24 bytes each
@@ -220,7 +220,7 @@ def test_a_stamp_changes_with_size_and_time(tmp_path: Path) -> None:
 
 def digest(preprocessing: dict[str, Any] | None = None, seed: int = 0, **changes: Any) -> str:
     torch.manual_seed(seed)
-    encoder = build_captioner(tiny_model(encoder__frozen=True, **changes), 11).encoder
+    encoder = build_model(tiny_model(encoder__frozen=True, **changes), 11).encoder
     return encoder_digest(encoder, "name", {**PREPROCESSING, **(preprocessing or {})})
 
 
@@ -237,7 +237,7 @@ def test_the_digest_tells_apart_whatever_changes_a_map() -> None:
 
 
 def test_the_digest_sees_batchnorms_statistics() -> None:
-    encoder = build_captioner(tiny_model(encoder__frozen=True), 11).encoder
+    encoder = build_model(tiny_model(encoder__frozen=True), 11).encoder
     before = encoder_digest(encoder, "name", PREPROCESSING)
     next(buffer for name, buffer in encoder.named_buffers() if name.endswith("running_var")).mul_(1.5)
     assert encoder_digest(encoder, "name", PREPROCESSING) != before
@@ -247,7 +247,7 @@ def test_the_digest_sees_batchnorms_statistics() -> None:
 def test_a_frozen_encoder_keeps_no_graph_in_training() -> None:
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     frozen, learning = (
-        build_captioner(tiny_model(encoder__frozen=value), 11).train().encoder for value in (True, False)
+        build_model(tiny_model(encoder__frozen=value), 11).train().encoder for value in (True, False)
     )
     assert frozen(images).grad_fn is None
     assert learning(images).grad_fn is not None

@@ -15,8 +15,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from toys import BEAM, GREEDY, NUCLEUS
 
 from efficap.decoding import build_decoding
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training import memory
 from efficap.training.memory import bytes_per_picture, free_host_bytes
@@ -26,15 +26,15 @@ TOKENIZER = CaptionTokenizer.learn(["a red picture", "all of it is blue", "green
 
 
 @pytest.fixture
-def captioner() -> Captioner:
-    return build_captioner(tiny_model(), TOKENIZER.vocab_size).eval()
+def captioner() -> CaptionModel:
+    return build_model(tiny_model(), TOKENIZER.vocab_size).eval()
 
 
 def pictures(count: int, size: int = 64) -> Tensor:
     return torch.randint(0, 256, (count, 3, size, size), dtype=torch.uint8)
 
 
-def writer(captioner: Captioner, **changes: Any) -> CaptionWriter:
+def writer(captioner: CaptionModel, **changes: Any) -> CaptionWriter:
     return CaptionWriter(captioner, TOKENIZER, build_decoding(BEAM | changes))
 
 
@@ -52,7 +52,7 @@ def sizes_of(written_by: CaptionWriter, images: Tensor, monkeypatch: pytest.Monk
     return sizes
 
 
-def test_captions_do_not_depend_on_the_batch_size(captioner: Captioner) -> None:
+def test_captions_do_not_depend_on_the_batch_size(captioner: CaptionModel) -> None:
     images, names = pictures(7), [str(number) for number in range(7)]
     captions = [
         [
@@ -64,7 +64,9 @@ def test_captions_do_not_depend_on_the_batch_size(captioner: Captioner) -> None:
     assert captions[0] == captions[1] == captions[2] == captions[3]
 
 
-def test_less_free_memory_means_fewer_pictures(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_less_free_memory_means_fewer_pictures(
+    captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
     images = pictures(7)
     need = bytes_per_picture(captioner, build_decoding(BEAM), images[:1])
     for free, expected in ((5.5 * need, [3, 3, 1]), (1.9 * need, [1] * 7), (0, [1] * 7), (1e15, [7])):
@@ -73,13 +75,13 @@ def test_less_free_memory_means_fewer_pictures(captioner: Captioner, monkeypatch
     assert writer(captioner).find_batch_size(images[:1]) == 32, "the most, whatever is free"
 
 
-def test_the_batch_size_that_is_given_wins(captioner: Captioner, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_size_that_is_given_wins(captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "free_bytes", lambda device: 0)
     assert sizes_of(writer(captioner, batch_size=4), pictures(7), monkeypatch) == [4, 3]
 
 
 def test_memory_that_runs_out_halves_the_batch(
-    captioner: Captioner, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     start = captioner.start
 
@@ -94,7 +96,7 @@ def test_memory_that_runs_out_halves_the_batch(
     assert capsys.readouterr().err == "out of memory with 5 pictures at a time; going on with 2\n"
 
 
-def test_the_estimate_grows_with_what_is_held(captioner: Captioner) -> None:
+def test_the_estimate_grows_with_what_is_held(captioner: CaptionModel) -> None:
     one = pictures(1)
 
     def need(settings: dict[str, Any], image: Tensor = one) -> int:
@@ -114,7 +116,7 @@ def test_the_estimate_grows_with_what_is_held(captioner: Captioner) -> None:
     "settings", [GREEDY, NUCLEUS | {"num_return_sequences": 30}, BEAM | {"num_beams": 30}]
 )
 def test_the_estimate_covers_what_decoding_holds_and_not_much_more(
-    captioner: Captioner, settings: dict[str, Any]
+    captioner: CaptionModel, settings: dict[str, Any]
 ) -> None:
     """Against every tensor that is alive at the same time."""
     decoding = build_decoding(settings | {"max_tokens": 24, "batch_size": 8})
@@ -128,7 +130,7 @@ def test_the_estimate_covers_what_decoding_holds_and_not_much_more(
 class Alive(TorchDispatchMode):
     """Keeps the most bytes that tensors made under it have held at a time; views of the weights hold none."""
 
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, captioner: CaptionModel) -> None:
         super().__init__()
         self.weights = {weight.untyped_storage()._cdata for weight in captioner.parameters()}
         self.tensors: WeakTensorKeyDictionary = WeakTensorKeyDictionary()

@@ -15,10 +15,11 @@ from torch import Tensor
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
 from efficap.models.bridge import Bridge
-from efficap.models.captioner import Captioner
+from efficap.models.build import build_model
+from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import EncoderSpec
 from efficap.models.gpt2 import GPT2, DecodingCache
-from efficap.models.pretrained import build_captioner, gpt2_state_dict
+from efficap.models.pretrained.gpt2 import gpt2_state_dict
 from efficap.training.losses import batch_loss
 
 VOCAB = 97
@@ -40,8 +41,8 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 @pytest.fixture
-def captioner() -> Captioner:
-    model = build_captioner(tiny_model(), VOCAB).eval()
+def captioner() -> CaptionModel:
+    model = build_model(tiny_model(), VOCAB).eval()
     randomise(model.decoder)
     return model
 
@@ -100,14 +101,14 @@ def test_gpt2_gives_the_published_logits(shared: object) -> None:
 
 
 def test_a_silent_cross_attention_leaves_the_language_model_as_it_is() -> None:
-    decoder = build_captioner(tiny_model(), VOCAB).decoder.eval()
+    decoder = build_model(tiny_model(), VOCAB).decoder.eval()
     decoder.silence_cross_attention()
     tokens = torch.randint(0, VOCAB, (2, 7))
     one, other = (decoder(tokens, decoder.project_memory(torch.randn(2, 4, 32))) for _ in range(2))
     assert torch.equal(one, other)
 
 
-def test_captions_of_a_picture_share_its_memory(captioner: Captioner) -> None:
+def test_captions_of_a_picture_share_its_memory(captioner: CaptionModel) -> None:
     images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
     together = captioner(images, tokens)  # (2, 3, 8, V)
     for k in range(3):
@@ -116,7 +117,7 @@ def test_captions_of_a_picture_share_its_memory(captioner: Captioner) -> None:
 
 
 def test_k_captions_in_a_batch_give_the_loss_and_gradients_of_k_pairs() -> None:
-    captioner = build_captioner(tiny_model(), VOCAB).eval()  # BatchNorm in training would see other batches
+    captioner = build_model(tiny_model(), VOCAB).eval()  # BatchNorm in training would see other batches
     randomise(captioner.decoder)
     images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
     lengths = torch.tensor([[8, 5, 3], [6, 8, 0]])
@@ -137,7 +138,7 @@ def test_k_captions_in_a_batch_give_the_loss_and_gradients_of_k_pairs() -> None:
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
 def test_loss_and_gradients_are_those_of_padded_captions_and_all_logits(label_smoothing: float) -> None:
-    captioner = build_captioner(tiny_model(), VOCAB).eval()
+    captioner = build_model(tiny_model(), VOCAB).eval()
     randomise(captioner.decoder)
     images, tokens = random_images(3), torch.randint(0, VOCAB, (3, 2, 9))
     lengths = torch.tensor([[9, 2], [5, 0], [7, 8]])
@@ -165,7 +166,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
     found = []
     for checkpointed in (False, True):
         torch.manual_seed(0)
-        captioner = build_captioner(tiny_model(decoder__dropout=0.1), VOCAB).train()
+        captioner = build_model(tiny_model(decoder__dropout=0.1), VOCAB).train()
         if checkpointed:
             captioner.checkpoint_gradients()
         loss = batch_loss(captioner, batch, label_smoothing=0.0)
@@ -180,7 +181,7 @@ def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_parts_give_the_same_loss_and_names_of_weights() -> None:
-    captioner = build_captioner(tiny_model(), VOCAB).eval()
+    captioner = build_model(tiny_model(), VOCAB).eval()
     batch = batch_of(random_images(2), torch.randint(0, VOCAB, (2, 3, 8)), torch.full((2, 3), 8))
     with torch.no_grad():
         expected, names = batch_loss(captioner, batch, label_smoothing=0.0), list(captioner.state_dict())
@@ -189,7 +190,7 @@ def test_compiled_parts_give_the_same_loss_and_names_of_weights() -> None:
     assert list(captioner.state_dict()) == names
 
 
-def test_cached_steps_equal_the_whole_sequence_with_reordered_rows(captioner: Captioner) -> None:
+def test_cached_steps_equal_the_whole_sequence_with_reordered_rows(captioner: CaptionModel) -> None:
     images = random_images(2)
     first, rest = torch.randint(0, VOCAB, (2, 1)), torch.randint(0, VOCAB, (6, 6))
     parents = torch.tensor([0, 0, 0, 1, 1, 1])
@@ -205,7 +206,7 @@ def test_cached_steps_equal_the_whole_sequence_with_reordered_rows(captioner: Ca
     assert (logits - whole).abs().max() < 1e-5
 
 
-def test_gradients_reach_the_pixels(captioner: Captioner) -> None:
+def test_gradients_reach_the_pixels(captioner: CaptionModel) -> None:
     images = random_images(1).float().requires_grad_()
     captioner(images, torch.randint(0, VOCAB, (1, 2, 5))).sum().backward()
     assert images.grad is not None
@@ -213,7 +214,7 @@ def test_gradients_reach_the_pixels(captioner: Captioner) -> None:
 
 
 def test_one_batch_is_overfitted() -> None:
-    captioner = build_captioner(tiny_model(decoder__n_embd=64), VOCAB).train()
+    captioner = build_model(tiny_model(decoder__n_embd=64), VOCAB).train()
     images, tokens = random_images(4), torch.randint(0, VOCAB, (4, 2, 8))
     tokens[:, 1] = tokens[:, 0]  # two different captions of one picture could not both be learned by heart
     lengths = torch.full((4, 2), 8)
@@ -230,7 +231,7 @@ def test_one_batch_is_overfitted() -> None:
 
 
 def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradients() -> None:
-    captioner = build_captioner(tiny_model(encoder__frozen=True), VOCAB).train()
+    captioner = build_model(tiny_model(encoder__frozen=True), VOCAB).train()
     before = {key: value.clone() for key, value in captioner.encoder.state_dict().items()}
     captioner(random_images(4), torch.randint(0, VOCAB, (4, 1, 5))).sum().backward()
     assert all(torch.equal(before[key], value) for key, value in captioner.encoder.state_dict().items())
@@ -239,9 +240,7 @@ def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradients() -> None:
 
 
 def test_the_encoder_normalises_with_the_mean_and_std_it_was_given() -> None:
-    captioner = build_captioner(
-        tiny_model(encoder__mean=[0.1, 0.2, 0.3], encoder__std=[0.5, 0.6, 0.7]), VOCAB
-    )
+    captioner = build_model(tiny_model(encoder__mean=[0.1, 0.2, 0.3], encoder__std=[0.5, 0.6, 0.7]), VOCAB)
     images = random_images(2)
     mean, std = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([0.5, 0.6, 0.7])
     expected = (images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)
@@ -249,7 +248,7 @@ def test_the_encoder_normalises_with_the_mean_and_std_it_was_given() -> None:
     assert torch.allclose(encoder(images), encoder.backbone.forward_features(expected), atol=1e-4)
 
 
-def test_positions_are_interpolated_to_another_picture_size(captioner: Captioner) -> None:
+def test_positions_are_interpolated_to_another_picture_size(captioner: CaptionModel) -> None:
     assert captioner.encode(random_images(1, size=64)).shape == (1, 4, 32)
     assert captioner.encode(random_images(1, size=96)).shape == (1, 9, 32)
 
@@ -283,15 +282,15 @@ def test_preprocessing_comes_from_the_weights_not_from_the_name() -> None:
 )
 def test_a_model_that_cannot_be_built_is_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        build_captioner(tiny_model(**changes), VOCAB)
+        build_model(tiny_model(**changes), VOCAB)
 
 
-def test_more_tokens_than_the_decoder_has_positions_are_refused(captioner: Captioner) -> None:
+def test_more_tokens_than_the_decoder_has_positions_are_refused(captioner: CaptionModel) -> None:
     with pytest.raises(InputError, match=r"decoding.max_tokens=25 is more than .*n_positions=24"):
         captioner.start(random_images(1), max_tokens=25)
 
 
-def test_cross_attention_weights_are_those_that_the_forward_pass_uses(captioner: Captioner) -> None:
+def test_cross_attention_weights_are_those_that_the_forward_pass_uses(captioner: CaptionModel) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)

@@ -14,14 +14,16 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
+from efficap.models.captioner import CaptionModel
 from efficap.training.optim import build_adamw, parameter_groups
 
 LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
 
 
-def adamw(captioner: Captioner, progress: Callable[[int], float], **changes: Any) -> tuple[AdamW, LambdaLR]:
+def adamw(
+    captioner: CaptionModel, progress: Callable[[int], float], **changes: Any
+) -> tuple[AdamW, LambdaLR]:
     settings = {
         "lr": LR,
         "betas": (0.9, 0.98),
@@ -34,11 +36,11 @@ def adamw(captioner: Captioner, progress: Callable[[int], float], **changes: Any
 
 
 @pytest.fixture(scope="module")
-def captioner() -> Captioner:
-    return build_captioner(tiny_model(), 97)
+def captioner() -> CaptionModel:
+    return build_model(tiny_model(), 97)
 
 
-def test_norms_biases_and_embeddings_are_not_decayed(captioner: Captioner) -> None:
+def test_norms_biases_and_embeddings_are_not_decayed(captioner: CaptionModel) -> None:
     decayed = {
         id(parameter)
         for group in parameter_groups(captioner, lr=LR, weight_decay=0.1)
@@ -51,7 +53,7 @@ def test_norms_biases_and_embeddings_are_not_decayed(captioner: Captioner) -> No
             assert (id(parameter) in decayed) == is_matrix, (module, name)
 
 
-def test_every_trained_parameter_is_in_one_group_with_its_parts_rate(captioner: Captioner) -> None:
+def test_every_trained_parameter_is_in_one_group_with_its_parts_rate(captioner: CaptionModel) -> None:
     groups = parameter_groups(captioner, lr=LR, weight_decay=0.1)
     rates = [(id(parameter), group["lr"]) for group in groups for parameter in group["params"]]
     assert len(rates) == len(dict(rates)) == len(list(captioner.parameters()))
@@ -64,12 +66,12 @@ def test_every_trained_parameter_is_in_one_group_with_its_parts_rate(captioner: 
 
 
 def test_a_frozen_encoder_is_not_given_to_the_optimiser() -> None:
-    frozen = build_captioner(tiny_model(encoder__frozen=True), 97)
+    frozen = build_model(tiny_model(encoder__frozen=True), 97)
     names = {group["name"] for group in parameter_groups(frozen, lr=LR, weight_decay=0.1)}
     assert names == {"bridge", "bridge/no_decay", "decoder", "decoder/no_decay"}
 
 
-def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner) -> None:
+def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: CaptionModel) -> None:
     optimizer, schedule = adamw(captioner, lambda step: step / 100)
     for step in range(101):
         cosine = 0.1 + 0.9 * (1 + math.cos(math.pi * step / 100)) / 2
@@ -82,7 +84,7 @@ def test_the_rate_warms_up_and_follows_a_cosine_to_its_end(captioner: Captioner)
     )
 
 
-def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: Captioner) -> None:
+def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: CaptionModel) -> None:
     optimizer, schedule = adamw(captioner, lambda step: step / 50, warmup_steps=1000, final_lr=0.0)
     for _ in range(5):
         optimizer.step()
@@ -90,6 +92,6 @@ def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: C
     assert optimizer.param_groups[0]["lr"] == pytest.approx(LR["encoder"] * (1 + math.cos(math.pi * 0.1)) / 2)
 
 
-def test_a_negative_rate_is_refused(captioner: Captioner) -> None:
+def test_a_negative_rate_is_refused(captioner: CaptionModel) -> None:
     with pytest.raises(InputError, match=r"optimizer.lr.bridge=-1 must be at least 0"):
         adamw(captioner, lambda step: 0.0, lr={**LR, "bridge": -1})

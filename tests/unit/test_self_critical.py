@@ -15,8 +15,8 @@ from efficap.batch import CaptionBatch
 from efficap.data.dataset import collate_captions
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.objective import check_objective
 from efficap.training.self_critical import SelfCriticalModule, above_the_others, caption_reward
@@ -41,10 +41,10 @@ def tokenizer() -> Any:
 
 
 @pytest.fixture
-def captioner(tokenizer: CaptionTokenizer) -> Captioner:
+def captioner(tokenizer: CaptionTokenizer) -> CaptionModel:
     """Random weights that look at the picture, with dropout."""
     torch.manual_seed(0)
-    captioner = build_captioner(tiny_model(decoder__dropout=0.3, bridge__dropout=0.3), tokenizer.vocab_size)
+    captioner = build_model(tiny_model(decoder__dropout=0.3, bridge__dropout=0.3), tokenizer.vocab_size)
     for block in captioner.decoder.h:
         torch.nn.init.normal_(block.crossattention.c_proj.weight, std=0.5)
     return captioner
@@ -59,7 +59,7 @@ def batch(tokenizer: CaptionTokenizer) -> CaptionBatch:
 
 
 def build(
-    captioner: Captioner, tokenizer: CaptionTokenizer, seed: int = 0, **changes: Any
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, seed: int = 0, **changes: Any
 ) -> SelfCriticalModule:
     lr = {"encoder": 1.0, "bridge": 2.0, "decoder": 3.0}
     module = SelfCriticalModule(
@@ -84,7 +84,11 @@ def samples_of(module: SelfCriticalModule, batch: CaptionBatch) -> Any:
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_the_gradient_is_reinforces(
-    captioner: Captioner, tokenizer: CaptionTokenizer, batch: CaptionBatch, baseline: str, temperature: float
+    captioner: CaptionModel,
+    tokenizer: CaptionTokenizer,
+    batch: CaptionBatch,
+    baseline: str,
+    temperature: float,
 ) -> None:
     module = build(captioner, tokenizer, baseline=baseline, temperature=temperature)
     module.training_step(batch, 0).backward()
@@ -134,7 +138,7 @@ def test_a_sample_counts_above_the_mean_of_the_others() -> None:
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
 def test_a_picture_is_encoded_once(
-    captioner: Captioner,
+    captioner: CaptionModel,
     tokenizer: CaptionTokenizer,
     batch: CaptionBatch,
     baseline: str,
@@ -148,7 +152,7 @@ def test_a_picture_is_encoded_once(
 
 
 def test_samples_are_decided_by_seed_step_and_picture(
-    captioner: Captioner, tokenizer: CaptionTokenizer, batch: CaptionBatch, monkeypatch: pytest.MonkeyPatch
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = samples_of(build(captioner, tokenizer), batch)[0].tokens
     again = samples_of(build(captioner, tokenizer), batch)[0].tokens
@@ -158,7 +162,7 @@ def test_samples_are_decided_by_seed_step_and_picture(
     assert not torch.equal(first, samples_of(build(captioner, tokenizer), batch)[0].tokens)
 
 
-def test_words_are_drawn_by_their_probability(captioner: Captioner, tokenizer: CaptionTokenizer) -> None:
+def test_words_are_drawn_by_their_probability(captioner: CaptionModel, tokenizer: CaptionTokenizer) -> None:
     module = build(captioner, tokenizer, temperature=0.7)
     scores = torch.tensor([1.0, -torch.inf, 3.0, 2.0, 0.0, -torch.inf])
     uniform = (torch.arange(10_000)[:, None] + 0.5) / 10_000
@@ -175,7 +179,7 @@ def test_a_caption_without_its_end_is_rewarded_less(tokenizer: CaptionTokenizer)
 
 
 def test_samples_and_their_log_probabilities_come_from_the_model_that_writes(
-    captioner: Captioner, tokenizer: CaptionTokenizer, batch: CaptionBatch
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch
 ) -> None:
     """Dropout is off and BatchNorm's statistics stay, though Lightning sets a module to training."""
     module = build(captioner, tokenizer).train()
@@ -193,7 +197,7 @@ def test_samples_and_their_log_probabilities_come_from_the_model_that_writes(
 
 
 def test_every_part_has_a_gradient_in_mixed_precision(
-    captioner: Captioner, tokenizer: CaptionTokenizer, batch: CaptionBatch
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch
 ) -> None:
     """Autocast keeps its bfloat16 copies of weights, and those that sampling made know of no gradient."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -206,7 +210,7 @@ def test_every_part_has_a_gradient_in_mixed_precision(
 
 
 def test_feature_maps_take_the_place_of_pictures(
-    captioner: Captioner, tokenizer: CaptionTokenizer, batch: CaptionBatch
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch
 ) -> None:
     module = build(captioner, tokenizer)
     with torch.no_grad():
@@ -217,7 +221,7 @@ def test_feature_maps_take_the_place_of_pictures(
     assert captioner.encoder.backbone.conv_stem.weight.grad is None
 
 
-def test_learning_rates_are_scaled(captioner: Captioner, tokenizer: CaptionTokenizer) -> None:
+def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTokenizer) -> None:
     module = build(captioner, tokenizer, lr_scale=0.5)
     assert module.optimizer_settings["lr"] == {"encoder": 0.5, "bridge": 1.0, "decoder": 1.5}
 

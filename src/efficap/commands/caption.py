@@ -26,7 +26,7 @@ from efficap.data.module import default_workers
 from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import Decoding, build_decoding
 from efficap.errors import InputError
-from efficap.models.pretrained import preprocessing
+from efficap.models.build import preprocessing
 from efficap.training.writer import CaptionWriter
 
 

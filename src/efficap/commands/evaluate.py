@@ -27,7 +27,7 @@ from efficap.evaluation.scores import (
     distinct_share,
     score_captions,
 )
-from efficap.models.pretrained import preprocessing
+from efficap.models.build import preprocessing
 from efficap.training.writer import CaptionWriter
 
 SHEET = 12  # pictures of sheet.png

@@ -17,8 +17,8 @@ from efficap.data.mix import MixedDataModule
 from efficap.data.module import CaptionData
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import load_captioner
+from efficap.models.build import load_model
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 
 CONFIG_FILE = "config.yaml"
@@ -65,9 +65,9 @@ class RunDirectory:
 
     def captioner(
         self, tokenizer: CaptionTokenizer, device: torch.device, precision: torch.dtype = torch.float32
-    ) -> Captioner:
+    ) -> CaptionModel:
         """The trained model on `device`, in evaluation mode, its weights in `precision`."""
-        captioner = load_captioner(self.path, self.config["model"], tokenizer.vocab_size)
+        captioner = load_model(self.path, self.config["model"], tokenizer.vocab_size)
         return captioner.to(device, precision)
 
     def decoding(self, changes: dict[str, Any]) -> dict[str, Any]:

@@ -22,14 +22,14 @@ from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import (
-    build_captioner,
-    load_captioner,
+from efficap.models.build import (
+    build_model,
+    load_model,
     load_pretrained_parts,
     preprocessing,
     resolve_model,
 )
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
 from efficap.training.ema import ExponentialMovingAverage
@@ -76,9 +76,9 @@ def train(cfg: dict[str, Any]) -> Path:
     tokenizer = init_from.tokenizer() if init_from else build_tokenizer(model["tokenizer"], data)
     data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
     captioner = (
-        load_captioner(init_from.path, model, tokenizer.vocab_size)
+        load_model(init_from.path, model, tokenizer.vocab_size)
         if init_from
-        else build_captioner(model, tokenizer.vocab_size)
+        else build_model(model, tokenizer.vocab_size)
     ).train()  # Lightning leaves each part in its mode, and a frozen encoder takes evaluation's only here
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
@@ -159,7 +159,7 @@ def build_tokenizer(settings: dict[str, Any], data: CaptionData) -> CaptionToken
     return CaptionTokenizer.learn(data.training_captions(), settings["vocab_size"])
 
 
-def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
+def _check_lengths(captioner: CaptionModel, max_tokens: dict[str, int]) -> None:
     n_positions = captioner.decoder.wpe.num_embeddings
     for setting, value in max_tokens.items():
         if value > n_positions:
@@ -169,7 +169,7 @@ def _check_lengths(captioner: Captioner, max_tokens: dict[str, int]) -> None:
 
 
 def _print_plan(
-    captioner: Captioner, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionData
+    captioner: CaptionModel, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionData
 ) -> None:
     print_summary(
         captioner,

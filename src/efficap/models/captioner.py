@@ -17,7 +17,7 @@ from efficap.models.gpt2 import GPT2, DecodingCache
 from efficap.models.packing import Packing
 
 
-class Captioner(nn.Module):
+class CaptionModel(nn.Module):
     """Encode pictures once, then read them from every layer of GPT-2.
 
     Args:

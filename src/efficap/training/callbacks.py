@@ -23,7 +23,7 @@ from torch import Tensor
 from efficap.batch import CaptionBatch
 from efficap.data.module import CaptionData
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
-from efficap.models.pretrained import save_weights
+from efficap.models.weights import save_weights
 from efficap.training.module import CaptionModule
 
 METRICS_FILE = "metrics.json"

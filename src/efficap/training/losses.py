@@ -15,14 +15,14 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from efficap.batch import CaptionBatch
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 from efficap.training.augment import drop_tokens
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
 
 
 def batch_loss(
-    captioner: Captioner, batch: CaptionBatch, *, label_smoothing: float, token_dropout: float = 0.0
+    captioner: CaptionModel, batch: CaptionBatch, *, label_smoothing: float, token_dropout: float = 0.0
 ) -> Tensor:
     """`caption_loss` of a batch, its pictures encoded once for all their captions.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from efficap.decoding import Decoding
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 
 MOST, MOST_ON_CPU = 128, 32  # pictures; more of them are no faster, and a batch is what a kill loses
 SHARE = 0.6  # of the free memory: others use it too, and allocators leave gaps
@@ -23,7 +23,7 @@ _SPARE = 2
 _SCORES = 10
 
 
-def pictures_that_fit(captioner: Captioner, decoding: Decoding, image: Tensor) -> int:
+def pictures_that_fit(captioner: CaptionModel, decoding: Decoding, image: Tensor) -> int:
     """Pictures that a share of the free memory holds while they are decoded: from 1 to 128, on a CPU to 32.
 
     Args:
@@ -37,7 +37,7 @@ def pictures_that_fit(captioner: Captioner, decoding: Decoding, image: Tensor) -
 
 
 @torch.no_grad()
-def bytes_per_picture(captioner: Captioner, decoding: Decoding, image: Tensor) -> int:
+def bytes_per_picture(captioner: CaptionModel, decoding: Decoding, image: Tensor) -> int:
     """Bytes that decoding one picture like `image` takes, about; nothing is computed, and none are taken for it."""
     largest = 0
 
@@ -64,9 +64,9 @@ def bytes_per_picture(captioner: Captioner, decoding: Decoding, image: Tensor) -
 
 
 class _Encoding(nn.Module):
-    """`Captioner.encode` as a module's forward."""
+    """`CaptionModel.encode` as a module's forward."""
 
-    def __init__(self, captioner: Captioner) -> None:
+    def __init__(self, captioner: CaptionModel) -> None:
         super().__init__()
         self.captioner = captioner
 

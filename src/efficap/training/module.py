@@ -21,7 +21,7 @@ from efficap.batch import CaptionBatch
 from efficap.decoding import Decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import distinct_share, score_captions
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.augment import STEP, growing_size, resized
 from efficap.training.losses import batch_loss
@@ -49,7 +49,7 @@ class CaptionModule(pl.LightningModule):
 
     def __init__(
         self,
-        captioner: Captioner,
+        captioner: CaptionModel,
         tokenizer: CaptionTokenizer,
         decoding: Decoding,
         *,

@@ -8,7 +8,7 @@ from typing import Any
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training import module, self_critical
 from efficap.training.module import CaptionModule
@@ -52,7 +52,7 @@ def check_objective(training: Mapping[str, Any]) -> None:
 
 def build_module(
     cfg: Mapping[str, Any],
-    captioner: Captioner,
+    captioner: CaptionModel,
     tokenizer: CaptionTokenizer,
     decoding: Decoding,
     data: CaptionData,

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from efficap.errors import InputError
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 
 PARTS = ("encoder", "bridge", "decoder")
 
@@ -27,7 +27,7 @@ def part_of(name: str) -> str:
     return name.partition(".")[0]
 
 
-def depths(captioner: Captioner) -> dict[str, int]:
+def depths(captioner: CaptionModel) -> dict[str, int]:
     """How far below the top of its part each parameter lies, in stages of the encoder and layers of the decoder.
 
     The top is what a pretrained part has that is most its task's own: it learns fastest, and what starts fresh with it.
@@ -46,7 +46,7 @@ def depths(captioner: Captioner) -> dict[str, int]:
 
 
 def parameter_groups(
-    captioner: Captioner, *, lr: Mapping[str, float], weight_decay: float, layer_decay: float = 1.0
+    captioner: CaptionModel, *, lr: Mapping[str, float], weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
     """Trainable parameters by part, depth and decay: norms, biases and embeddings are not decayed.
 
@@ -80,7 +80,7 @@ def parameter_groups(
 
 
 def build_adamw(
-    captioner: Captioner,
+    captioner: CaptionModel,
     progress: Callable[[int], float],
     *,
     lr: Mapping[str, float],

@@ -20,7 +20,7 @@ from efficap.batch import CaptionBatch
 from efficap.decoding import Decoded, Decoding, Greedy, Nucleus
 from efficap.errors import InputError
 from efficap.evaluation.cider_d import CiderD
-from efficap.models.captioner import Captioner, DecodingState
+from efficap.models.captioner import CaptionModel, DecodingState
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import CaptionModule
 
@@ -63,7 +63,7 @@ class SelfCriticalModule(CaptionModule):
 
     def __init__(
         self,
-        captioner: Captioner,
+        captioner: CaptionModel,
         tokenizer: CaptionTokenizer,
         decoding: Decoding,
         *,

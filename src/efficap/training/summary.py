@@ -9,15 +9,15 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from efficap.models.captioner import Captioner
-from efficap.models.pretrained import build_captioner
+from efficap.models.build import build_model
+from efficap.models.captioner import CaptionModel
 from efficap.training.optim import PARTS
 
 MAX_POSITIONS = 1024
 _BYTES = 4  # weights, gradients and AdamW's two moments are float32
 
 
-def latent_warning(captioner: Captioner, image_size: int) -> str | None:
+def latent_warning(captioner: CaptionModel, image_size: int) -> str | None:
     """Why the latent map is too large, if it is, and the image size to use instead."""
     height, width = captioner.encoder.grid
     if height * width <= MAX_POSITIONS:
@@ -30,7 +30,7 @@ def latent_warning(captioner: Captioner, image_size: int) -> str | None:
 
 
 def print_summary(
-    captioner: Captioner,
+    captioner: CaptionModel,
     model: dict[str, Any],
     *,
     vocab_size: int,
@@ -40,7 +40,7 @@ def print_summary(
     batch_size: int,
 ) -> None:
     """Print what a captioner, built from the resolved configuration `model`, is and what it needs."""
-    table = Table(title="Captioner")
+    table = Table(title="CaptionModel")
     table.add_column("part")
     table.add_column("is")
     for heading in ("parameters", "trained", "frozen"):
@@ -78,7 +78,7 @@ def print_summary(
 def _activation_bytes(model: dict[str, Any], vocab_size: int, captions: int, max_tokens: int) -> int:
     """What autograd keeps of one picture with all its captions: counted on a copy without storage."""
     with torch.device("meta"):
-        captioner = build_captioner(model, vocab_size).train()
+        captioner = build_model(model, vocab_size).train()
         images = torch.zeros(2, 3, model["image_size"], model["image_size"], dtype=torch.uint8)
         tokens = torch.zeros(2, captions, max_tokens - 1, dtype=torch.int64)
     own = {parameter.untyped_storage()._cdata for parameter in captioner.parameters()}

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from efficap.decoding import Decoding
-from efficap.models.captioner import Captioner
+from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.memory import pictures_that_fit
 
@@ -58,7 +58,7 @@ class CaptionWriter:
         batch_size: the largest number of pictures at a time; None until `find_batch_size` was asked for it.
     """
 
-    def __init__(self, captioner: Captioner, tokenizer: CaptionTokenizer, decoding: Decoding) -> None:
+    def __init__(self, captioner: CaptionModel, tokenizer: CaptionTokenizer, decoding: Decoding) -> None:
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
         self.batch_size = decoding.batch_size
 

@@ -1,0 +1,93 @@
+"""From a model's configuration to the model, with fresh, pretrained or a run's weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from efficap.errors import InputError
+from efficap.models.captioner import CaptionModel
+from efficap.models.encoder import EncoderSpec
+from efficap.models.pretrained.gpt2 import GPT2_SIZES, gpt2_sizes, load_gpt2
+from efficap.models.weights import WEIGHTS_FILE, read_weights
+
+
+def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
+    """Fill what the model's configuration leaves to its pretrained parts.
+
+    Preprocessing (mean, std, interpolation, crop_pct) comes from timm's registry where it is null, the decoder's
+    sizes from its checkpoint where that is pretrained, the bridge's heads from the decoder. The result builds the
+    same model without network.
+
+    Raises:
+        InputError: an unknown EfficientNet, or a GPT-2 that cannot be had.
+    """
+    encoder, bridge, decoder = dict(model["encoder"]), dict(model["bridge"]), dict(model["decoder"])
+    spec = EncoderSpec.of(encoder["name"])
+    for key in ("mean", "std", "interpolation", "crop_pct"):
+        if encoder[key] is None:
+            value = getattr(spec, key)
+            encoder[key] = list(value) if isinstance(value, tuple) else value
+    if decoder["pretrained"]:
+        decoder |= gpt2_sizes(decoder["name"])
+    if bridge["n_heads"] is None:
+        bridge["n_heads"] = decoder["n_head"]
+    return {**model, "encoder": encoder, "bridge": bridge, "decoder": decoder}
+
+
+def preprocessing(model: dict[str, Any]) -> dict[str, Any]:
+    """How pictures are made for a resolved model: ``image_size``, ``interpolation`` and ``crop_pct``."""
+    encoder = model["encoder"]
+    return {
+        "image_size": model["image_size"],
+        "interpolation": encoder["interpolation"],
+        "crop_pct": encoder["crop_pct"],
+    }
+
+
+def build_model(model: dict[str, Any], vocab_size: int) -> CaptionModel:
+    """A captioner with fresh weights from a resolved model configuration (see `resolve_model`)."""
+    encoder, decoder = model["encoder"], model["decoder"]
+    return CaptionModel(
+        image_size=model["image_size"],
+        vocab_size=vocab_size,
+        encoder={key: encoder[key] for key in ("name", "mean", "std", "frozen", "drop_path_rate")},
+        bridge={key: model["bridge"][key] for key in ("n_blocks", "n_heads", "dropout")},
+        decoder={key: decoder[key] for key in (*GPT2_SIZES, "dropout")},
+    )
+
+
+def load_pretrained_parts(captioner: CaptionModel, model: dict[str, Any]) -> None:
+    """Load the pretrained weights that a resolved model configuration asks for.
+
+    Raises:
+        InputError: they cannot be had or do not fit; the message says how to do without.
+    """
+    if model["decoder"]["pretrained"]:
+        load_gpt2(captioner.decoder, model["decoder"]["name"])
+    if model["encoder"]["pretrained"]:
+        captioner.encoder.load_pretrained(model["encoder"]["name"], model["encoder"]["weights_file"])
+
+
+def load_model(run_dir: Path, model: dict[str, Any], vocab_size: int) -> CaptionModel:
+    """The trained captioner of a run directory, in evaluation mode.
+
+    Args:
+        run_dir: holds model.safetensors.
+        model: the resolved model configuration of that run.
+        vocab_size: of that run's tokenizer.
+
+    Raises:
+        InputError: there are no weights, or they are another model's.
+    """
+    if not (run_dir / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{run_dir} holds no {WEIGHTS_FILE}: training writes it at its first validation; has it come that far?"
+        )
+    weights = read_weights(run_dir / WEIGHTS_FILE)
+    captioner = build_model(model, vocab_size)
+    try:
+        captioner.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"{run_dir / WEIGHTS_FILE} does not fit {run_dir}/config.yaml: {error}") from error
+    return captioner.eval()
