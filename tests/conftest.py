@@ -54,6 +54,7 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
             "interpolation": "bicubic",
             "crop_pct": 1.0,
         },
+        "arithmetic": "gpt2",
         "bridge": {"n_blocks": 1, "n_heads": 4, "dropout": 0.0},
         "decoder": {
             "name": None,

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
-from efficap.models.bridge import Bridge
+from efficap.models.bridge import Bridge, interpolated
 from efficap.models.build import build_model
+from efficap.models.cache import DecodingCache
 from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import EncoderSpec
-from efficap.models.gpt2 import GPT2, DecodingCache
+from efficap.models.gpt2 import GPT2
 from efficap.models.pretrained.gpt2 import gpt2_state_dict
 from efficap.training.losses import batch_loss
 
@@ -257,7 +258,7 @@ def test_interpolated_positions_keep_a_linear_ramp() -> None:
     bridge = Bridge(channels=8, grid=(8, 8), width=4, n_blocks=0, n_heads=1, dropout=0.0)
     ramp = torch.arange(8.0).repeat_interleave(8)[:, None].expand(64, 4)
     bridge.positions.weight.data.copy_(ramp)
-    larger = bridge._positions_for(16, 16).unflatten(0, (16, 16))[..., 0]
+    larger = interpolated(bridge.positions.weight, bridge.grid, (16, 16)).unflatten(0, (16, 16))[..., 0]
     expected = (torch.arange(16.0) + 0.5) / 2 - 0.5  # sample centres of twice as many rows
     assert torch.allclose(larger[4:12, 8], expected[4:12], atol=0.06)  # the cubic follows a line within 0.05
 

@@ -58,30 +58,31 @@ class Bridge(nn.Module):
         height, width = features.shape[-2:]
         x = features.flatten(2).transpose(1, 2)  # (B, N, C)
         x = self.project(self.norm_in(x))  # (B, N, D)
-        x = self.dropout(x + self._positions_for(height, width))
+        x = self.dropout(x + interpolated(self.positions.weight, self.grid, (height, width)))
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x)
 
-    def _positions_for(self, height: int, width: int) -> Tensor:
-        positions = self.positions.weight  # (N, D)
-        if (height, width) == self.grid:
-            return positions
-        table = positions.unflatten(0, self.grid).permute(2, 0, 1)[None]  # (1, D, h, w)
-        table = F.interpolate(table.float(), size=(height, width), mode="bicubic", align_corners=False)
-        return table[0].flatten(1).T.to(positions.dtype)
+
+def interpolated(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """The (N, D) learned positions of a grid, row after row, as those of a grid of another (h, w)."""
+    if size == grid:
+        return positions
+    table = positions.unflatten(0, grid).permute(2, 0, 1)[None]  # (1, D, h, w)
+    table = F.interpolate(table.float(), size=size, mode="bicubic", align_corners=False)
+    return table[0].flatten(1).T.to(positions.dtype)
 
 
 class BridgeBlock(nn.Module):
     """A pre-norm transformer encoder block without a mask: every position sees every other."""
 
-    def __init__(self, width: int, n_heads: int, dropout: float) -> None:
+    def __init__(self, width: int, n_heads: int, dropout: float, layer_norm_epsilon: float = 1e-5) -> None:
         super().__init__()
         self.n_heads = n_heads
-        self.norm_1 = nn.LayerNorm(width)
+        self.norm_1 = nn.LayerNorm(width, layer_norm_epsilon)
         self.qkv = nn.Linear(width, 3 * width)
         self.attention_out = nn.Linear(width, width)
-        self.norm_2 = nn.LayerNorm(width)
+        self.norm_2 = nn.LayerNorm(width, layer_norm_epsilon)
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 

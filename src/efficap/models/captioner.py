@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 from efficap.errors import InputError
 from efficap.models.bridge import Bridge
+from efficap.models.cache import DecodingCache
 from efficap.models.encoder import ImageEncoder
-from efficap.models.gpt2 import GPT2, DecodingCache
+from efficap.models.gpt2 import GPT2
+from efficap.models.original import DECODER, OriginalBridge
 from efficap.models.packing import Packing
 
 
@@ -25,6 +27,11 @@ class CaptionModel(nn.Module):
         vocab_size: V.
         encoder, bridge, decoder: the keyword arguments of `ImageEncoder`, `Bridge` and `GPT2` that do not follow
             from the other parts.
+        arithmetic: ``gpt2``; or ``original``, as the TensorFlow project trained its models, and ``original_no_past``,
+            the same without an empty place before the first token (see `efficap.models.original`).
+
+    Raises:
+        InputError: an unknown arithmetic, or what the parts refuse.
     """
 
     def __init__(
@@ -35,11 +42,14 @@ class CaptionModel(nn.Module):
         encoder: dict[str, Any],
         bridge: dict[str, Any],
         decoder: dict[str, Any],
+        arithmetic: str = "gpt2",
     ) -> None:
         super().__init__()
+        if arithmetic not in DECODER:
+            raise InputError(f"model.arithmetic={arithmetic} must be one of {', '.join(DECODER)}")
         self.encoder = ImageEncoder(image_size=image_size, **encoder)
-        self.decoder = GPT2(vocab_size=vocab_size, **decoder)
-        self.bridge = Bridge(
+        self.decoder = GPT2(vocab_size=vocab_size, **decoder, **DECODER[arithmetic])
+        self.bridge = (Bridge if arithmetic == "gpt2" else OriginalBridge)(
             channels=self.encoder.channels, grid=self.encoder.grid, width=decoder["n_embd"], **bridge
         )
 
@@ -116,7 +126,7 @@ class DecodingState:
 
     def __init__(self, decoder: GPT2, memory: Tensor, max_tokens: int) -> None:
         self.decoder = decoder
-        self.cache = DecodingCache(decoder.project_memory(memory), max_tokens)
+        self.cache = DecodingCache(decoder.project_memory(memory), max_tokens, decoder.empty_slot)
 
     def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None = None) -> Tensor:
         """Feed each row's newest token, (R,); returns (R, V) logits. See `efficap.decoding.Step`."""

@@ -17,84 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from efficap.errors import InputError
+from efficap.models.cache import DecodingCache, KeyValue
 from efficap.models.packing import Packing
-
-KeyValue = tuple[Tensor, Tensor]
-
-
-class DecodingCache:
-    """Keys and values of the tokens so far, and of the memory, for decoding one token at a time.
-
-    What was written stays where it is, in slots of its picture that all its rows share; which of them a row sees is its
-    history. So beams change their parents without a copy of keys and values.
-
-    Args:
-        memory: for each layer the (B, H, N, d) keys and values of the pictures, shared by the rows of each.
-        max_tokens: the longest sequence that it will hold.
-    """
-
-    def __init__(self, memory: list[KeyValue], max_tokens: int) -> None:
-        self.memory, self.max_tokens = memory, max_tokens
-        self.length = 0  # tokens of each row
-        self.rows = 1  # G
-        self.mask: Tensor | None = None  # (B, 1, G, slots), -inf where a row does not see; None: all see all
-        images, heads, _, d = memory[0][0].shape
-        self._used = 0  # slots
-        self._keys = memory[0][0].new_empty(len(memory), images, heads, max_tokens, d)  # (L, B, H, S, d)
-        self._values = torch.empty_like(self._keys)
-        self._visible = torch.zeros(
-            images, 1, max_tokens, dtype=torch.bool, device=self._keys.device
-        )  # (B, G, S)
-
-    def follow(self, parents: Tensor, images: Tensor | None) -> None:
-        """Row r now continues what was row parents[r].
-
-        Args:
-            parents: (R,) rows of the last step.
-            images: places of the pictures that go on; None: all. The rows are theirs, image-major.
-        """
-        if images is not None:
-            self.memory = [(key[images], value[images]) for key, value in self.memory]
-            self._keys, self._values = (
-                buffer[:, images] if self._used else buffer[:, : len(images)]
-                for buffer in (self._keys, self._values)
-            )
-            self._visible = self._visible[images]
-        own = parents.view(len(self._visible), -1) % self.rows  # (B, G)
-        if own.shape[1] != self.rows:
-            self.rows = own.shape[1]
-            self._grow(self._used + self.rows * (self.max_tokens - self.length))
-        self._visible = self._visible.gather(1, own[..., None].expand(-1, -1, self._visible.shape[2]))
-
-    def _grow(self, slots: int) -> None:
-        more = slots - self._keys.shape[3]
-        if more > 0:
-            self._keys, self._values = (
-                F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values)
-            )
-            self._visible = F.pad(self._visible, (0, more))
-
-    def advance(self, tokens: int) -> None:
-        """Make room for the next `tokens` of each row; more than one only at the start, where there is one row."""
-        assert tokens == 1 or (self.rows == 1 and self._used == 0)
-        start, self._used = self._used, self._used + tokens * self.rows
-        self.length += tokens
-        if self.rows == 1:
-            self._visible[:, :, start : self._used] = True
-            self.mask = None
-            return
-        self._visible[:, :, start : self._used] = torch.eye(
-            self.rows, dtype=torch.bool, device=self._visible.device
-        )
-        unseen = ~self._visible[:, None, :, : self._used]  # (B, 1, G, slots)
-        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
-
-    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Write the (B, H, G*T, d) of the newest tokens; returns the (B, H, slots, d) of this layer."""
-        start = self._used - key.shape[2]
-        self._keys[layer, :, :, start : self._used] = key
-        self._values[layer, :, :, start : self._used] = value
-        return self._keys[layer, :, :, : self._used], self._values[layer, :, :, : self._used]
 
 
 class GPT2(nn.Module):
@@ -107,6 +31,9 @@ class GPT2(nn.Module):
         n_layer: L.
         n_head: H; divides `n_embd`.
         dropout: on embeddings, attention weights and residual branches.
+        layer_norm_epsilon: of every normalisation.
+        activation: of the MLPs, ``gelu_new`` (by tanh, GPT-2's own) or ``gelu`` (exact).
+        empty_slot: whether every token sees one more place before the first, whose key and value are zero.
 
     Attributes:
         gradient_checkpointing: whether training keeps only each layer's input, and computes the layer once more for its
@@ -117,7 +44,17 @@ class GPT2(nn.Module):
     """
 
     def __init__(
-        self, *, vocab_size: int, n_positions: int, n_embd: int, n_layer: int, n_head: int, dropout: float
+        self,
+        *,
+        vocab_size: int,
+        n_positions: int,
+        n_embd: int,
+        n_layer: int,
+        n_head: int,
+        dropout: float,
+        layer_norm_epsilon: float = 1e-5,
+        activation: str = "gelu_new",
+        empty_slot: bool = False,
     ) -> None:
         super().__init__()
         if n_head < 1 or n_embd % n_head:
@@ -125,8 +62,12 @@ class GPT2(nn.Module):
         self.wte = nn.Embedding(vocab_size, n_embd)
         self.wpe = nn.Embedding(n_positions, n_embd)
         self.drop = nn.Dropout(dropout)
-        self.h = nn.ModuleList(GPT2Block(layer, n_embd, n_head, dropout) for layer in range(n_layer))
-        self.ln_f = nn.LayerNorm(n_embd)
+        self.h = nn.ModuleList(
+            GPT2Block(layer, n_embd, n_head, dropout, layer_norm_epsilon, activation, empty_slot)
+            for layer in range(n_layer)
+        )
+        self.ln_f = nn.LayerNorm(n_embd, layer_norm_epsilon)
+        self.empty_slot = empty_slot
         self.gradient_checkpointing = False
         self._init_weights()
 
@@ -205,14 +146,23 @@ class GPT2(nn.Module):
 
 
 class GPT2Block(nn.Module):
-    def __init__(self, layer: int, n_embd: int, n_head: int, dropout: float) -> None:
+    def __init__(
+        self,
+        layer: int,
+        n_embd: int,
+        n_head: int,
+        dropout: float,
+        layer_norm_epsilon: float,
+        activation: str,
+        empty_slot: bool,
+    ) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(n_embd)
-        self.attn = SelfAttention(layer, n_embd, n_head, dropout)
-        self.ln_cross_attn = nn.LayerNorm(n_embd)
+        self.ln_1 = nn.LayerNorm(n_embd, layer_norm_epsilon)
+        self.attn = SelfAttention(layer, n_embd, n_head, dropout, empty_slot)
+        self.ln_cross_attn = nn.LayerNorm(n_embd, layer_norm_epsilon)
         self.crossattention = CrossAttention(n_embd, n_head, dropout)
-        self.ln_2 = nn.LayerNorm(n_embd)
-        self.mlp = GPT2MLP(n_embd, dropout)
+        self.ln_2 = nn.LayerNorm(n_embd, layer_norm_epsilon)
+        self.mlp = GPT2MLP(n_embd, dropout, activation)
 
     def forward(
         self, x: Tensor, memory: KeyValue, cache: DecodingCache | None, packing: Packing | None
@@ -223,9 +173,9 @@ class GPT2Block(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, layer: int, n_embd: int, n_head: int, dropout: float) -> None:
+    def __init__(self, layer: int, n_embd: int, n_head: int, dropout: float, empty_slot: bool) -> None:
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, n_head, dropout
+        self.layer, self.n_head, self.dropout, self.empty_slot = layer, n_head, dropout, empty_slot
         self.c_attn = nn.Linear(n_embd, 3 * n_embd)
         self.c_proj = nn.Linear(n_embd, n_embd)
         self.resid_dropout = nn.Dropout(dropout)
@@ -244,6 +194,10 @@ class SelfAttention(nn.Module):
         if cache:
             k, v = cache.append(self.layer, k, v)  # (B, H, slots, d) each
             mask, is_causal = cache.mask, length > 1
+        elif self.empty_slot:
+            k, v = (F.pad(x, (0, 0, 1, 0)) for x in (k, v))  # (B, H, 1 + T, d) each
+        if self.empty_slot and is_causal:  # and all see the empty slot, which `is_causal` knows nothing of
+            mask, is_causal = x.new_ones(length, 1 + length, dtype=torch.bool).tril(1), False
         dropout = self.dropout if self.training else 0.0
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
         x = x.transpose(1, 2).reshape(rows, length, width)  # (R, T, D)
@@ -287,11 +241,12 @@ class CrossAttention(nn.Module):
 
 
 class GPT2MLP(nn.Module):
-    def __init__(self, n_embd: int, dropout: float) -> None:
+    def __init__(self, n_embd: int, dropout: float, activation: str) -> None:
         super().__init__()
+        self.approximate = {"gelu_new": "tanh", "gelu": "none"}[activation]
         self.c_fc = nn.Linear(n_embd, 4 * n_embd)
         self.c_proj = nn.Linear(4 * n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate="tanh")))
+        return self.dropout(self.c_proj(F.gelu(self.c_fc(x), approximate=self.approximate)))

@@ -1,0 +1,90 @@
+"""What decoding keeps of the tokens so far.
+
+B images, G rows of each (beams or samples), R = B * G rows, image-major; N positions of the memory, H heads of width d,
+L layers, S slots.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+KeyValue = tuple[Tensor, Tensor]
+
+
+class DecodingCache:
+    """Keys and values of the tokens so far, and of the memory, for decoding one token at a time.
+
+    What was written stays where it is, in slots of its picture that all its rows share; which of them a row sees is its
+    history. So beams change their parents without a copy of keys and values.
+
+    Args:
+        memory: for each layer the (B, H, N, d) keys and values of the pictures, shared by the rows of each.
+        max_tokens: the longest sequence that it will hold.
+        empty_slot: whether all rows see one more slot before the first token, whose key and value are zero.
+    """
+
+    def __init__(self, memory: list[KeyValue], max_tokens: int, empty_slot: bool = False) -> None:
+        self.memory, self.max_tokens = memory, max_tokens
+        self.length = 0  # tokens of each row
+        self.rows = 1  # G
+        self.mask: Tensor | None = None  # (B, 1, G, slots), -inf where a row does not see; None: all see all
+        images, heads, _, d = memory[0][0].shape
+        self._used = int(empty_slot)  # slots
+        slots = max_tokens + self._used
+        self._keys = memory[0][0].new_empty(len(memory), images, heads, slots, d)  # (L, B, H, S, d)
+        self._values = torch.empty_like(self._keys)
+        self._keys[..., : self._used, :] = self._values[..., : self._used, :] = 0
+        self._visible = torch.zeros(images, 1, slots, dtype=torch.bool, device=self._keys.device)  # (B, G, S)
+        self._visible[..., : self._used] = True
+
+    def follow(self, parents: Tensor, images: Tensor | None) -> None:
+        """Row r now continues what was row parents[r].
+
+        Args:
+            parents: (R,) rows of the last step.
+            images: places of the pictures that go on; None: all. The rows are theirs, image-major.
+        """
+        if images is not None:
+            self.memory = [(key[images], value[images]) for key, value in self.memory]
+            self._keys, self._values = (
+                buffer[:, images] if self._used else buffer[:, : len(images)]
+                for buffer in (self._keys, self._values)
+            )
+            self._visible = self._visible[images]
+        own = parents.view(len(self._visible), -1) % self.rows  # (B, G)
+        if own.shape[1] != self.rows:
+            self.rows = own.shape[1]
+            self._grow(self._used + self.rows * (self.max_tokens - self.length))
+        self._visible = self._visible.gather(1, own[..., None].expand(-1, -1, self._visible.shape[2]))
+
+    def _grow(self, slots: int) -> None:
+        more = slots - self._keys.shape[3]
+        if more > 0:
+            self._keys, self._values = (
+                F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values)
+            )
+            self._visible = F.pad(self._visible, (0, more))
+
+    def advance(self, tokens: int) -> None:
+        """Make room for the next `tokens` of each row; more than one only at the start, where there is one row."""
+        assert tokens == 1 or (self.rows == 1 and self.length == 0)
+        start, self._used = self._used, self._used + tokens * self.rows
+        self.length += tokens
+        if self.rows == 1:
+            self._visible[:, :, start : self._used] = True
+            self.mask = None
+            return
+        self._visible[:, :, start : self._used] = torch.eye(
+            self.rows, dtype=torch.bool, device=self._visible.device
+        )
+        unseen = ~self._visible[:, None, :, : self._used]  # (B, 1, G, slots)
+        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        """Write the (B, H, G*T, d) of the newest tokens; returns the (B, H, slots, d) of this layer."""
+        start = self._used - key.shape[2]
+        self._keys[layer, :, :, start : self._used] = key
+        self._values[layer, :, :, start : self._used] = value
+        return self._keys[layer, :, :, : self._used], self._values[layer, :, :, : self._used]
