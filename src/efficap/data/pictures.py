@@ -80,7 +80,7 @@ class Picture:
                 self._image.load()  # for EXIF at its end; `getexif` would do so too, and pass over any damage
             except Exception as error:
                 raise _classified(error) from error
-        self.orientation = self._read_orientation()
+        self.orientation = _orientation(self._image)
         self.plain = self.orientation == 1 or any(
             entry in self._image.info.get("exif", b"") for entry in _ENTRIES
         )
@@ -111,14 +111,28 @@ class Picture:
                 self._image.draft(self._image.mode, (width // factor, height // factor))
                 return
 
-    def _read_orientation(self) -> int:
-        if self.format == "TIFF":  # which Pillow turns by itself as it decodes
-            return 1
-        try:
-            orientation = self._image.getexif().get(_ORIENTATION, 1)
-        except Exception:  # damaged metadata of a good picture
-            return 1
-        return orientation if orientation in range(1, 9) else 1
+
+def pixels_of(image: Image.Image) -> Tensor:
+    """An opened picture's (3, H, W) uint8 RGB, the same as those of its file.
+
+    Raises:
+        PictureError: the data are damaged or end too early.
+    """
+    orientation = _orientation(image)  # before decoding, which takes a TIFF's away
+    try:
+        return _turned(torch.from_numpy(_rgb(image)).permute(2, 0, 1), orientation)  # (3, H, W)
+    except Exception as error:
+        raise _classified(error) from error
+
+
+def _orientation(image: Image.Image) -> int:
+    if image.format == "TIFF":  # which Pillow turns by itself as it decodes
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata of a good picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _raise_pillows_limit(max_pixels: int) -> None:

@@ -26,7 +26,7 @@ class Bridge(nn.Module):
         dropout: on the positions' sum and on both residual branches.
 
     Raises:
-        InputError: `n_heads` does not divide `width`.
+        InputError: `n_heads` does not divide `width`, and there are blocks.
     """
 
     def __init__(
@@ -40,10 +40,6 @@ class Bridge(nn.Module):
         dropout: float,
     ) -> None:
         super().__init__()
-        if n_heads < 1 or width % n_heads:
-            raise InputError(
-                f"model.bridge.n_heads={n_heads} must divide the decoder's width, model.decoder.n_embd={width}"
-            )
         self.grid = grid
         self.norm_in = nn.LayerNorm(channels)
         self.project = nn.Linear(channels, width)
@@ -78,6 +74,10 @@ class BridgeBlock(nn.Module):
 
     def __init__(self, width: int, n_heads: int, dropout: float, layer_norm_epsilon: float = 1e-5) -> None:
         super().__init__()
+        if n_heads < 1 or width % n_heads:
+            raise InputError(
+                f"model.bridge.n_heads={n_heads} must divide the decoder's width, model.decoder.n_embd={width}"
+            )
         self.n_heads = n_heads
         self.norm_1 = nn.LayerNorm(width, layer_norm_epsilon)
         self.qkv = nn.Linear(width, 3 * width)
