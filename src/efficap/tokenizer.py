@@ -12,58 +12,84 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 
 from efficap.errors import InputError
 from efficap.hub import pretrained_files
+from efficap.tokenizer_files import (
+    END_OF_TEXT,
+    SETTING,
+    SETTINGS_FILES,
+    WAY_OUT,
+    bos_and_eos,
+    read_bpe,
+    read_tokenizer,
+    tokenizer_files,
+)
 
-END_OF_TEXT = "<|endoftext|>"
 MOST_SPELLINGS = 20_000  # divisions of a word into tokens
-_FILES = ("tokenizer.json", "vocab.json", "merges.txt")
 
 
 class CaptionTokenizer:
-    """A byte-level BPE with GPT-2's one special token, ``<|endoftext|>``.
+    """A tokenizer with a token that begins and one that ends a caption; GPT-2's has one for both, ``<|endoftext|>``.
 
     GPT-2 puts that token between texts, so it is BOS and EOS alike: it is read only at the first position and
-    written only at the last. Padding uses it too and is told apart by length, never by id.
+    written only at the last. Padding is EOS too and is told apart by length, never by id.
+
+    Args:
+        tokenizer: in any form that the tokenizers library reads.
+        bos, eos: the special tokens' names.
 
     Attributes:
         bos_id, eos_id, pad_id: int.
         vocab_size: number of ids, special tokens included.
+
+    Raises:
+        InputError: it has no such tokens.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        end_of_text = tokenizer.token_to_id(END_OF_TEXT)
-        if end_of_text is None:
-            raise InputError(
-                f"the tokenizer has no token {END_OF_TEXT}; GPT-2's and those made from it have one"
-            )
+    def __init__(self, tokenizer: Tokenizer, bos: str = END_OF_TEXT, eos: str = END_OF_TEXT) -> None:
+        ids = []
+        for token in (bos, eos):
+            number = tokenizer.token_to_id(token)
+            if number is None:
+                raise InputError(
+                    f"the tokenizer has no token {token} to begin or end a caption; GPT-2's have {END_OF_TEXT}, "
+                    "others name theirs in tokenizer_config.json as bos_token and eos_token"
+                )
+            ids.append(int(number))
+        special = {token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special}
+        # Others keep their ids, and decoding leaves them out.
+        tokenizer.add_special_tokens(sorted({bos, eos} - special))
         tokenizer.no_padding()  # either may be saved in a tokenizer.json
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
-        self.bos_id = self.eos_id = self.pad_id = int(end_of_text)
+        self._names = (bos, eos)
+        self.bos_id, self.eos_id = ids
+        self.pad_id = self.eos_id
         self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
 
     @classmethod
     def pretrained(cls, name: str) -> CaptionTokenizer:
-        """GPT-2's tokenizer from a directory (tokenizer.json, or vocab.json and merges.txt) or a hub name.
+        """A published tokenizer from a directory or a hub name.
+
+        Read are tokenizer.json of any kind, and a byte-level BPE's vocab.json and merges.txt, which OpenAI calls
+        encoder.json and vocab.bpe. BOS and EOS are those of tokenizer_config.json, special_tokens_map.json or
+        config.json, else GPT-2's.
 
         Raises:
             InputError: nothing of the kind is there, or there is no network.
         """
-        way_out = (
-            "give a directory with vocab.json and merges.txt, "
-            "or model.tokenizer.name=null to learn one from the captions"
-        )
-        setting = "model.tokenizer.name"
-        directory = pretrained_files(setting, name, _FILES, way_out)
-        if (directory / "tokenizer.json").is_file():
-            return cls(Tokenizer.from_file(str(directory / "tokenizer.json")))
-        vocabulary, merges = directory / "vocab.json", directory / "merges.txt"
-        if not (vocabulary.is_file() and merges.is_file()):
-            raise InputError(
-                f"{setting}={name} holds neither tokenizer.json nor vocab.json and merges.txt; {way_out}"
-            )
-        tokenizer = _byte_level(models.BPE.from_file(str(vocabulary), str(merges)), add_prefix_space=False)
-        tokenizer.add_special_tokens([END_OF_TEXT])
-        return cls(tokenizer)
+
+        def choose(names: Sequence[str]) -> list[str]:
+            return [*tokenizer_files(name, names), *(file for file in SETTINGS_FILES if file in names)]
+
+        usual = ("tokenizer.json", "tokenizer_config.json")
+        directory = pretrained_files(SETTING, name, choose, usual, WAY_OUT)
+        files = tokenizer_files(name, [file.name for file in directory.iterdir()])
+        if files == ["tokenizer.json"]:
+            tokenizer = read_tokenizer(directory / files[0])
+            return cls(tokenizer, *bos_and_eos(directory, tokenizer))
+        tokenizer = _byte_level(read_bpe(*(directory / file for file in files)), add_prefix_space=False)
+        bos, eos = bos_and_eos(directory, tokenizer)
+        tokenizer.add_special_tokens([bos, eos])
+        return cls(tokenizer, bos, eos)
 
     @classmethod
     def learn(cls, captions: Iterable[str], vocab_size: int) -> CaptionTokenizer:
@@ -88,6 +114,12 @@ class CaptionTokenizer:
         tokenizer.train_from_iterator(captions, trainer)
         return cls(tokenizer)
 
+    def with_bos(self, names: Sequence[str]) -> CaptionTokenizer:
+        """The same with more special tokens, whose ids follow its own; the first of them begins captions."""
+        tokenizer = Tokenizer.from_str(self._tokenizer.to_str())
+        tokenizer.add_special_tokens(list(names))
+        return CaptionTokenizer(tokenizer, names[0], self._names[1])
+
     @classmethod
     def load(cls, directory: Path) -> CaptionTokenizer:
         """What `save` wrote.
@@ -98,14 +130,16 @@ class CaptionTokenizer:
         file = directory / "tokenizer.json"
         if not file.is_file():
             raise InputError(f"{file} does not exist; a run directory holds its tokenizer there")
-        return cls(Tokenizer.from_file(str(file)))
+        tokenizer = read_tokenizer(file)
+        return cls(tokenizer, *bos_and_eos(directory, tokenizer))
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and, so that transformers' AutoTokenizer loads it too, tokenizer_config.json."""
         directory.mkdir(parents=True, exist_ok=True)
         self._tokenizer.save(str(directory / "tokenizer.json"))
+        bos, eos = self._names
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-        config |= dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
@@ -156,6 +190,8 @@ class CaptionTokenizer:
         return [inside] if inside == first else [inside, [self.bos_id, *first]]
 
     def _divisions(self, text: str) -> list[list[int]]:
+        if not self._is_byte_level:
+            return [self._ids(text)]  # how other tokenizers join their tokens is not known here
         spelled = "".join(_BYTE_NAMES[byte] for byte in text.encode())
         vocabulary, longest = self._vocabulary
         ways: list[list[list[int]]] = [[[]]]  # of the first 0, 1, 2, … bytes
@@ -171,6 +207,11 @@ class CaptionTokenizer:
             if len(ways[end]) > MOST_SPELLINGS:
                 raise InputError(f"decoding.banned: {text.strip()!r} is too long; give single words")
         return ways[-1]
+
+    @cached_property
+    def _is_byte_level(self) -> bool:
+        tokens = self._tokenizer.encode(" é", add_special_tokens=False).tokens
+        return "".join(tokens) == "".join(_BYTE_NAMES[byte] for byte in " é".encode())
 
     @cached_property
     def _vocabulary(self) -> tuple[dict[str, int], int]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from efficap.errors import InputError
 from efficap.tokenizer import _BYTE_NAMES, CaptionTokenizer
@@ -92,6 +94,93 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
         )
     )
     with pytest.raises(InputError, match=r"no token <\|endoftext\|>"):
+        CaptionTokenizer.pretrained(str(tmp_path))
+
+
+def test_openais_file_names_are_read(tmp_path: Path, shared: Callable[[str], Path]) -> None:
+    folder = shared("gpt2_bpe")
+    shutil.copyfile(folder / "vocab.json", tmp_path / "encoder.json")
+    shutil.copyfile(folder / "merges.txt", tmp_path / "vocab.bpe")
+    ours, other = CaptionTokenizer.pretrained(str(tmp_path)), CaptionTokenizer.pretrained(str(folder))
+    assert ours.encode(["A man's dog."], 20) == other.encode(["A man's dog."], 20)
+
+
+def write_french(folder: Path, **changes: dict[str, object]) -> Path:
+    """A GPT-2 tokenizer that begins texts with <s> and ends them with </s>; `changes` are files beside it."""
+    folder.mkdir(exist_ok=True)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["<s>", "</s>"], initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(CAPTIONS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    for name, content in changes.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"tokenizer_config": {"bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}}},
+        {"special_tokens_map": {"bos_token": {"content": "<s>"}, "eos_token": "</s>"}},
+        {"config": {"bos_token_id": 0, "eos_token_id": 1}},
+        {
+            "tokenizer_config": {"bos_token": "<s>", "eos_token": "</s>"},
+            "config": {"bos_token_id": 50256, "eos_token_id": 50256},
+        },
+    ],
+)
+def test_bos_and_eos_may_differ_and_are_kept(tmp_path: Path, changes: dict[str, dict[str, object]]) -> None:
+    from transformers import AutoTokenizer
+
+    ours = CaptionTokenizer.pretrained(str(write_french(tmp_path / "theirs", **changes)))
+    assert (ours.bos_id, ours.eos_id) == (0, 1)
+    ours.save(tmp_path / "run")
+    again = CaptionTokenizer.load(tmp_path / "run")
+    [ids], _ = again.encode(["a red picture"], max_tokens=20)
+    assert (ids[0], ids[-1]) == (0, 1)
+    assert again.decode([*ids, again.pad_id]) == "a red picture"
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (0, 1)
+    assert [0, *again.encode_prefix("a red")] == ids[: len(again.encode_prefix("a red")) + 1]
+
+
+def test_special_tokens_that_nobody_names_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no token <\|endoftext\|> .* tokenizer_config.json"):
+        CaptionTokenizer.pretrained(str(write_french(tmp_path)))
+
+
+def test_a_tokenizer_of_another_kind_keeps_text_and_bans_by_its_own_spelling(tmp_path: Path) -> None:
+    pieces = [
+        ("<unk>", 0.0),
+        ("<s>", 0.0),
+        ("</s>", 0.0),
+        ("▁red", -1.0),
+        ("▁a", -1.0),
+        ("▁", -2.0),
+        ("s", -2.0),
+    ]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+    ours = CaptionTokenizer.pretrained(str(tmp_path))
+    [ids], _ = ours.encode(["a red"], max_tokens=9)
+    assert ids == [1, 4, 3, 2]
+    assert ours.decode(ids) == "a red"
+    assert [3] in ours.spellings("red")
+
+
+def test_a_sentencepiece_model_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "spiece.model").write_bytes(b"")
+    with pytest.raises(InputError, match=r"sentencepiece model \(spiece.model\) alone, which is not read"):
+        CaptionTokenizer.pretrained(str(tmp_path))
+
+
+def test_a_damaged_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer.json is damaged or no tokenizer"):
         CaptionTokenizer.pretrained(str(tmp_path))
 
 

@@ -6,6 +6,7 @@ B images, H x W pixels, C channels of the last feature map, h x w its positions.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from efficap.errors import InputError
+from efficap.hub import hub_files
 
 MIN_IMAGE_SIZE = 32  # one position of a stride-32 feature map
+_WAY_OUT = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,18 +150,40 @@ class ImageEncoder(nn.Module):
 
 
 def _pretrained_weights(name: str, file: str | None) -> dict[str, Tensor]:
-    way_out = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
     if file is not None and not Path(file).is_file():
         raise InputError(f"model.encoder.weights_file={file} does not exist")
     if file is None and not timm.is_model_pretrained(name):
-        raise InputError(f"model.encoder.name={name}: timm publishes no weights for it; {way_out}")
-    overlay = {"file": file, "hf_hub_id": None, "url": ""} if file else None
+        raise InputError(f"model.encoder.name={name}: timm publishes no weights for it; {_WAY_OUT}")
+    overlay = {"file": file or _from_hub(name), "hf_hub_id": None, "url": ""}
     try:
         # timm adapts the first convolution and drops the classifier while it loads, so it is built once more here.
+        # It reads pickles with weights_only, so that none of them runs.
         source = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # the hub client raises its own, httpx's and OSError, by version
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise InputError(
-            f"model.encoder.name={name}: cannot load its pretrained weights ({reason}); {way_out}"
-        ) from error
+    except Exception as error:  # torch, safetensors and timm raise their own
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        if "weights_only" in reason:
+            reason = "it holds more than weights and is not trusted"
+        where = f"model.encoder.weights_file={file}" if file else f"model.encoder.name={name}"
+        raise InputError(f"{where}: cannot load pretrained weights ({reason}); {_WAY_OUT}") from error
     return dict(source.state_dict())
+
+
+def _from_hub(name: str) -> str:
+    """timm's weights for `name` from the hub or its cache; timm itself would retry for 46 seconds without network."""
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    assert pretrained_cfg is not None, name
+    assert pretrained_cfg.hf_hub_id is not None, name  # timm has all its EfficientNets there
+    repository = pretrained_cfg.hf_hub_id
+    files = ("model.safetensors", "pytorch_model.bin")
+
+    def choose(names: Sequence[str]) -> list[str]:
+        found = [file for file in files if file in names]
+        if not found:
+            raise InputError(
+                f"model.encoder.name={name}: {repository} has none of {', '.join(files)}; {_WAY_OUT}"
+            )
+        return found[:1]
+
+    subject = f"model.encoder.name={name}: cannot load its pretrained weights: {repository}"
+    directory = hub_files(subject, repository, choose, files[:1], _WAY_OUT)
+    return str(directory / choose([file.name for file in directory.iterdir()])[0])

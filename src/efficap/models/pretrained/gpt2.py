@@ -2,39 +2,43 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from torch import Tensor
 
 from efficap.errors import InputError
-from efficap.hub import pretrained_files
 from efficap.models.gpt2 import GPT2
-from efficap.models.weights import WEIGHTS_FILE, read_weights
+from efficap.models.pretrained.gpt2_files import SETTING, read_gpt2_config, read_gpt2_weights
 
 GPT2_SIZES = ("n_layer", "n_head", "n_embd", "n_positions")
-_WAY_OUT = (
-    "model.decoder.name=DIR takes a directory with config.json, model.safetensors and the tokenizer's files; "
-    "model.pretrained=false model.tokenizer.name=null starts from nothing"
-)
+MAX_PARAMETERS = 10_000_000_000  # GPT-2's largest has 1.6e9; a made-up config.json may say anything
+MAX_PADDING = 1024  # rows; Megatron pads a vocabulary to a multiple of 128 for each of up to 8 GPUs
 # Conv1D in transformers: stored as (in, out).
 _TRANSPOSED = ("c_attn.weight", "q_attn.weight", "c_proj.weight", "c_fc.weight")
 
 
 def gpt2_sizes(name: str) -> dict[str, int]:
-    """The `GPT2_SIZES` of a checkpoint.
+    """The `GPT2_SIZES` of a checkpoint, by its config.json or OpenAI's hparams.json.
 
     Raises:
         InputError: it cannot be had, or is not GPT-2's.
     """
-    directory = pretrained_files("model.decoder.name", name, ["config.json"], _WAY_OUT)
-    try:
-        config = json.loads((directory / "config.json").read_text())
-        sizes = {size: int(config[size]) for size in GPT2_SIZES}
-    except (OSError, ValueError, KeyError) as error:
+    config = read_gpt2_config(name)
+    sizes: dict[str, int] = {}
+    for size in GPT2_SIZES:
+        value = config.get(size)
+        if not isinstance(value, int) or value < 1:
+            raise InputError(
+                f"{SETTING}={name} is no GPT-2: its config has {size}={value}, no positive number"
+            )
+        sizes[size] = value
+    parameters = 12 * sizes["n_layer"] * sizes["n_embd"] ** 2 + sizes["n_positions"] * sizes["n_embd"]
+    if parameters > MAX_PARAMETERS or sizes["n_layer"] > 1000:
+        said = ", ".join(f"{size}={value}" for size, value in sizes.items())
         raise InputError(
-            f"model.decoder.name={name}: {directory}/config.json is no GPT-2's; {_WAY_OUT}"
-        ) from error
+            f"{SETTING}={name}: its config has {said}; more than {MAX_PARAMETERS:.0e} parameters or 1000 layers "
+            "are not built"
+        )
     _check_is_gpt2(name, config)
     return sizes
 
@@ -46,6 +50,7 @@ def _check_is_gpt2(name: str, config: dict[str, Any]) -> None:
         "layer_norm_epsilon": 1e-5,
         "scale_attn_weights": True,
         "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
     }
     for key, value in own.items():
         if config.get(key, value) != value:
@@ -55,21 +60,23 @@ def _check_is_gpt2(name: str, config: dict[str, Any]) -> None:
 
 
 def load_gpt2(decoder: GPT2, name: str) -> None:
-    """Load a GPT-2 in transformers' form (safetensors) from a directory or the hub; cross-attention adds nothing yet.
+    """Load a GPT-2 from a directory or the hub (see `gpt2_files`); cross-attention adds nothing yet.
 
-    Half precision is widened to the decoder's own.
+    Half precision is widened to the decoder's own. Rows that pad the checkpoint's vocabulary are dropped.
 
     Raises:
         InputError: the weights cannot be had, or a weight is missing or has another shape.
     """
-    directory = pretrained_files("model.decoder.name", name, ["config.json", WEIGHTS_FILE], _WAY_OUT)
-    weights = gpt2_state_dict(read_weights(directory / WEIGHTS_FILE))
+    weights = gpt2_state_dict(read_gpt2_weights(name))
     expected = {key: value for key, value in decoder.state_dict().items() if not _is_cross_attention(key)}
     missing = sorted(expected.keys() - weights.keys())
     if missing:
         raise InputError(
             f"model.decoder.name={name} lacks {len(missing)} weights of a GPT-2, {missing[0]} first"
         )
+    vocab_size = len(expected["wte.weight"])
+    if weights["wte.weight"].ndim and vocab_size < len(weights["wte.weight"]) < vocab_size + MAX_PADDING:
+        weights["wte.weight"] = weights["wte.weight"][:vocab_size]
     for key, value in expected.items():
         if weights[key].shape != value.shape:
             hint = "; its tokenizer is another one" if key == "wte.weight" else ""
@@ -87,7 +94,7 @@ def gpt2_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' GPT-2 weights under this project's names and in torch's (out, in) order."""
     renamed = {key.removeprefix("transformer."): value for key, value in weights.items()}
     return {
-        key: value.T.contiguous() if key.endswith(_TRANSPOSED) else value
+        key: value.T if key.endswith(_TRANSPOSED) and value.ndim == 2 else value
         for key, value in renamed.items()
         if not key.endswith((".attn.bias", ".masked_bias", "lm_head.weight", "crossattention.bias"))
     }

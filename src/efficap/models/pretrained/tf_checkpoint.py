@@ -37,8 +37,8 @@ def read_tf_checkpoint(prefix: Path) -> dict[str, NDArray[Any]]:
         prefix: the files' path without ``.index``, as in ``model.ckpt`` or ``model.ckpt-1000``.
 
     Returns:
-        Read-only arrays, memory-mapped, in the types stored; bfloat16, which numpy lacks, widened to float32. An
-        object-based checkpoint's names end in ``/.ATTRIBUTES/VARIABLE_VALUE``.
+        Arrays, memory-mapped (what is written to them stays in memory), in the types stored; bfloat16, which numpy
+        lacks, widened to float32. An object-based checkpoint's names end in ``/.ATTRIBUTES/VARIABLE_VALUE``.
 
     Raises:
         InputError: a file is missing or damaged, or of a kind that is not read (compressed index, big-endian,
@@ -85,7 +85,7 @@ class _DataFile:
         if not file.is_file():
             raise ValueError(f"{file} does not exist")
         self.file, self.taken = file, 0
-        self.values = np.memmap(file, np.uint8, "r") if file.stat().st_size else np.empty(0, np.uint8)
+        self.values = np.memmap(file, np.uint8, "c") if file.stat().st_size else np.empty(0, np.uint8)
 
     def array(self, name: str, entry: dict[int, Any]) -> NDArray[Any]:
         """One variable. Sizes are checked, checksums not: a checksum of 6 GB takes Python an hour."""
