@@ -21,7 +21,7 @@ from efficap.commands.caption_folder import (
 )
 from efficap.commands.caption_output import CaptioningBar, done_with
 from efficap.commands.caption_shards import caption_shards, names_shards
-from efficap.commands.run_dir import RunDirectory, choose_device, choose_precision
+from efficap.commands.run_dir import RunDirectory
 from efficap.data.module import default_workers
 from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import Decoding, build_decoding
@@ -39,8 +39,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
         InputError: no such run, nothing to caption, or not one picture that can be read.
     """
     run = RunDirectory(cfg["run"])
-    device = choose_device(cfg["accelerator"])
-    precision = choose_precision(cfg["precision"], device)
+    device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     settings = run.decoding(cfg["decoding"])
     decoding = build_decoding(settings)
     load = functools.partial(_load_writer, run, decoding, device, precision)

@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
-from efficap.commands.run_dir import RunDirectory, choose_device, choose_precision
+from efficap.commands.run_dir import RunDirectory
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding, build_decoding
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
@@ -42,8 +42,7 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
         InputError: no such run or split, no Java, a GPU that is not there.
     """
     run = RunDirectory(cfg["run"])
-    device = choose_device(cfg["accelerator"])
-    precision = choose_precision(cfg["precision"], device)
+    device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     decoding = build_decoding(run.decoding(cfg["decoding"]))
     check_metrics(cfg["metrics"])
     check_java()

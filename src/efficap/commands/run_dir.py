@@ -19,11 +19,13 @@ from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
+from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_DIR = "tokenizer"
 _KEYS = {"name", "model", "data", "decoding"}
+_PLACES = ("table", "image_dir", "shards")  # null in a published captioner
 
 # A run's configuration may come from anywhere, so its _target_ picks one of these and is never imported.
 _DATA_MODULES: dict[str, type[Any]] = {
@@ -42,6 +44,7 @@ class RunDirectory:
     Attributes:
         path: the directory, links resolved.
         config: the resolved configuration of its training, plain values.
+        export: of an ONNX export, whose graphs lie in place of the weights: what it is; empty for a run.
 
     Raises:
         InputError: it does not exist or holds no configuration.
@@ -59,14 +62,36 @@ class RunDirectory:
             raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
         if not isinstance(self.config, dict) or not self.config.keys() >= _KEYS:
             raise InputError(f"{file} is no run's configuration: it lacks one of {', '.join(sorted(_KEYS))}")
+        self.export: dict[str, Any] = self.config.get("export") or {}
 
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
 
+    def placement(self, accelerator: str, precision: str | None) -> tuple[torch.device, torch.dtype]:
+        """The device and the dtype of the weights that the settings of these names ask for.
+
+        Raises:
+            InputError: there is no such thing, or none for an ONNX export, which is computed on the CPU as it is.
+        """
+        device = choose_device(accelerator)
+        if not self.export:
+            return device, choose_precision(precision, device)
+        own = "int8" if self.export.get("int8") else "float32"
+        if accelerator == "gpu":
+            raise InputError(
+                f"accelerator=gpu: {self.path} is an ONNX export, computed on the CPU; leave it out"
+            )
+        if precision not in (None, own):
+            raise InputError(f"precision={precision}: {self.path} is an ONNX export in {own}; leave it out")
+        return torch.device("cpu"), getattr(torch, own)
+
     def captioner(
         self, tokenizer: CaptionTokenizer, device: torch.device, precision: torch.dtype = torch.float32
-    ) -> CaptionModel:
-        """The trained model on `device`, in evaluation mode, its weights in `precision`."""
+    ) -> CaptionModel | OnnxCaptioner:
+        """The trained model on `device`, in evaluation mode, its weights in `precision`; or an export's, as it is."""
+        if self.export:
+            n_positions = self.config["model"]["decoder"]["n_positions"]
+            return OnnxCaptioner(self.path, n_positions=n_positions, vocab_size=tokenizer.vocab_size)
         captioner = load_model(self.path, self.config["model"], tokenizer.vocab_size)
         return captioner.to(device, precision)
 
@@ -102,6 +127,9 @@ class RunDirectory:
                 f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(_DATA_MODULES)}; "
                 "a run's own code is not imported; +data._target_=… on the command line is"
             )
+        for key in _PLACES:
+            if key in settings and settings[key] is None:
+                raise InputError(f"data.{key} is not known here; add +data.{key}=PATH")
         if module is MixedDataModule:
             below = changes.get("sources", {})
             sources = settings["sources"].items()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from efficap.decoding import Decoding
 from efficap.models.captioner import CaptionModel
+from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.memory import pictures_that_fit
 
@@ -58,7 +59,9 @@ class CaptionWriter:
         batch_size: the largest number of pictures at a time; None until `find_batch_size` was asked for it.
     """
 
-    def __init__(self, captioner: CaptionModel, tokenizer: CaptionTokenizer, decoding: Decoding) -> None:
+    def __init__(
+        self, captioner: CaptionModel | OnnxCaptioner, tokenizer: CaptionTokenizer, decoding: Decoding
+    ) -> None:
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
         self.batch_size = decoding.batch_size
 
@@ -69,7 +72,10 @@ class CaptionWriter:
             image: (1, 3, H, W), any picture of the size, where the model lies.
         """
         if self.batch_size is None:
-            self.batch_size = pictures_that_fit(self.captioner, self.decoding, image)
+            if isinstance(self.captioner, OnnxCaptioner):
+                self.batch_size = PICTURES
+            else:
+                self.batch_size = pictures_that_fit(self.captioner, self.decoding, image)
         return self.batch_size
 
     @torch.no_grad()

@@ -100,5 +100,16 @@ def gpt2_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
+def transformers_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of a `GPT2` under the names and in the order of transformers' ``GPT2LMHeadModel``.
+
+    The head is left out, which is tied there as well.
+    """
+    return {
+        f"transformer.{key}": (value.T if key.endswith(_TRANSPOSED) else value).contiguous()
+        for key, value in weights.items()
+    }
+
+
 def _is_cross_attention(key: str) -> bool:
     return "crossattention" in key or "ln_cross_attn" in key

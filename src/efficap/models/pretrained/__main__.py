@@ -1,0 +1,75 @@
+"""``python -m efficap.models.pretrained``: weights of other programs in, a run's weights out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from efficap.errors import InputError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except (InputError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted; nothing is written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m efficap.models.pretrained",
+        description="Weights of other programs in, a run's weights out.",
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_export,):
+        add(commands)
+    return parser
+
+
+def _add_export(commands: Any) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="a run for onnxruntime or transformers",
+        description="Writes a run's weights for other programs. The result is tried on 16 pictures first; where it "
+        "does not say what the run says, nothing is written.",
+    )
+    parser.add_argument("--run", required=True, metavar="RUN", help="a run directory, such as outputs/latest")
+    parser.add_argument(
+        "--format",
+        required=True,
+        choices=["onnx", "transformers"],
+        help="onnx: the whole captioner, in a directory that caption.py and eval.py take as a run; transformers: the "
+        "decoder as a GPT2LMHeadModel",
+    )
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist"
+    )
+    parser.add_argument(
+        "--int8",
+        action="store_true",
+        help="onnx: matrix products in 8-bit integers; says how many captions stay the same instead of demanding all",
+    )
+    parser.add_argument(
+        "--images", metavar="PATH", help="pictures to try it on (default: blots of colour from a seed)"
+    )
+    parser.set_defaults(function=_export)
+
+
+def _export(options: argparse.Namespace) -> None:
+    # Imported here, for torch takes longer than --help should.
+    from efficap.commands.export import export
+
+    export(options.run, options.out, format=options.format, int8=options.int8, images=options.images)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
