@@ -137,3 +137,25 @@ def tiny_overrides(table_dir: Path, output_dir: Path) -> list[str]:
         "model.decoder.n_embd=32",
         "model.tokenizer.vocab_size=300",
     ]
+
+
+def write_random_run(run: Path, *overrides: str, **changes: Any) -> Path:
+    """A run as training leaves it, with random weights that say different things, and end, for different pictures."""
+    from efficap.commands.run_dir import write_run
+    from efficap.models.build import build_model, resolve_model
+    from efficap.models.weights import save_weights
+    from efficap.tokenizer import CaptionTokenizer
+
+    captions = ["a red picture", "all of it is green", "blue and grey"]
+    tokenizer = CaptionTokenizer.learn(captions, vocab_size=300)
+    config = compose("train", *tiny_overrides(run.parent / "colours", run), *overrides)
+    config["model"] = resolve_model(config["model"]) | changes
+    write_run(run, config, tokenizer)
+    torch.manual_seed(1)
+    captioner = build_model(config["model"], tokenizer.vocab_size)
+    for parameter in (*captioner.bridge.parameters(), *captioner.decoder.parameters()):
+        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.4)
+    eos = captioner.decoder.wte.weight.data[tokenizer.eos_id]
+    captioner.decoder.ln_f.bias.data = 5 * eos / eos.dot(eos)
+    save_weights(captioner.state_dict(), run)
+    return run

@@ -40,7 +40,7 @@ def print_summary(
     batch_size: int,
 ) -> None:
     """Print what a captioner, built from the resolved configuration `model`, is and what it needs."""
-    table = Table(title="CaptionModel")
+    table = Table(title="Captioner")
     table.add_column("part")
     table.add_column("is")
     for heading in ("parameters", "trained", "frozen"):

@@ -1,0 +1,191 @@
+"""A trained captioner in a program of one's own, and on the hub."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import hydra
+import torch
+import yaml
+from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from PIL import Image
+from torch import Tensor
+
+from efficap.commands.entry import CONF, plain
+from efficap.commands.model_card import TEMPLATE, card_values
+from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
+from efficap.data.pictures import Picture, pixels_of
+from efficap.data.transforms import EvaluationTransform
+from efficap.decoding import build_decoding
+from efficap.errors import InputError
+from efficap.models.build import preprocessing
+from efficap.models.captioner import CaptionModel
+from efficap.models.weights import WEIGHTS_FILE, save_weights
+from efficap.training.writer import CaptionWriter
+
+_PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", "eval/*/scores.json", "eval/*/sheet.png"]
+_CONFIG_JSON = "config.json"  # by which the hub counts downloads
+
+Source = str | Path | Image.Image | Tensor
+
+
+class Captioner(
+    ModelHubMixin,
+    library_name="efficap",
+    pipeline_tag="image-to-text",
+    tags=["image-captioning"],
+    model_card_template=TEMPLATE,
+):
+    """A trained model with its tokenizer, preprocessing and decoding; `from_pretrained` makes one.
+
+    ``save_pretrained(directory)`` and ``push_to_hub(name)`` write what `from_pretrained`, ``eval.py run=`` and
+    ``caption.py run=`` read: weights (safetensors), configuration, tokenizer, scores, and a model card. No path of the
+    machine that it was trained on is among it.
+
+    Args:
+        run: the run directory, or the download of a published one.
+        accelerator: ``auto``, ``cpu`` or ``gpu``.
+        precision: of the weights, ``float32`` or ``bfloat16``; None: bfloat16 on a GPU that has it.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        tokenizer: its tokenizer.
+        device: where it computes.
+
+    Raises:
+        InputError: the directory holds no captioner, or the device is not there.
+    """
+
+    def __init__(self, run: RunDirectory, *, accelerator: str = "auto", precision: str | None = None) -> None:
+        self.run = run
+        self.device, dtype = run.placement(accelerator, precision)
+        self.tokenizer = run.tokenizer()
+        self.model = run.captioner(self.tokenizer, self.device, dtype)
+        self._transform = EvaluationTransform(**preprocessing(run.config["model"]))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **options: Any) -> Captioner:
+        """The captioner of a run directory, or of a name on the Hugging Face hub.
+
+        Args:
+            pretrained_model_name_or_path: such as ``outputs/latest`` or ``somebody/captioner``.
+            options: `Captioner`'s own, and the hub's: revision, token, cache_dir, force_download, local_files_only.
+
+        Raises:
+            InputError: a directory that holds no captioner, or the device is not there.
+        """
+        name = Path(pretrained_model_name_or_path).expanduser()
+        if name.is_dir():  # a run directory has no config.json, which the mixin would miss
+            return cls(RunDirectory(name), **options)
+        return super().from_pretrained(str(pretrained_model_name_or_path), **options)
+
+    @classmethod
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        revision: str | None,
+        cache_dir: str | Path | None,
+        force_download: bool,
+        local_files_only: bool,
+        token: str | bool | None,
+        **options: Any,
+    ) -> Captioner:
+        directory = snapshot_download(
+            model_id,
+            revision=revision,
+            cache_dir=cache_dir,
+            force_download=force_download,
+            local_files_only=local_files_only,
+            token=token,
+            allow_patterns=_PUBLISHED,
+        )
+        return cls(RunDirectory(directory), **options)
+
+    def caption(
+        self, images: Source | Sequence[Source], decoding: str | None = None, **changes: Any
+    ) -> list[str]:
+        """The best caption of each picture, in order.
+
+        Args:
+            images: files, PIL images or uint8 tensors (3, H, W) of any sizes; a single one counts as a list of one.
+            decoding: ``greedy``, ``beam``, ``diverse``, ``nucleus`` or ``constrained``; None: as the run validated.
+            changes: settings of it, such as ``num_beams=5``.
+
+        Raises:
+            InputError: an unknown method or a setting that it does not have.
+            PictureError: a file that is no picture.
+        """
+        sources = [images] if isinstance(images, Source) else list(images)
+        settings = _settings_of(decoding) if decoding else self.run.config["decoding"]
+        writer = CaptionWriter(self.model, self.tokenizer, build_decoding({**settings, **changes}))
+        captions: list[str] = []
+        side = self._transform.image_size
+        size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device))
+        for start in range(0, len(sources), size):
+            part = sources[start : start + size]
+            squares = torch.stack([self._square(source) for source in part]).to(self.device)  # (B, 3, S, S)
+            names = [
+                str(source) if isinstance(source, str | Path) else str(start + place)
+                for place, source in enumerate(part)
+            ]
+            captions += [of_image[0].text for of_image in writer.write(squares, names)]
+        return captions
+
+    def _square(self, source: Source) -> Tensor:
+        if isinstance(source, str | Path):
+            return self._transform(Picture(Path(source).expanduser()))
+        pixels = pixels_of(source) if isinstance(source, Image.Image) else source
+        if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[0] != 3:
+            raise InputError(
+                f"a picture of shape {tuple(pixels.shape)} and {pixels.dtype} must be (3, height, width) and uint8; "
+                "a PIL image or a file name will do too"
+            )
+        return self._transform.square(pixels, self._transform.cut(pixels.shape[2], pixels.shape[1]))
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        if not isinstance(self.model, CaptionModel):
+            raise InputError(f"{self.run.path} is an export; publish the run that it was made from")
+        config = {key: value for key, value in _without_paths(self.run.config).items() if value is not None}
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
+        save_weights(self.model.state_dict(), save_directory)
+        self.tokenizer.save(save_directory / TOKENIZER_DIR)
+        for file in (*self.run.path.glob("eval/*/scores.json"), *self.run.path.glob("eval/*/sheet.png")):
+            copy = save_directory / file.relative_to(self.run.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            if not (copy.exists() and copy.samefile(file)):
+                shutil.copyfile(file, copy)
+        about = {"model_type": "efficap", "model": config["model"]}
+        (save_directory / _CONFIG_JSON).write_text(json.dumps(about, indent=2) + "\n")
+
+    def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
+        """The hub's page: how to use it, what it is, its scores and its pictures with captions."""
+        return super().generate_model_card(*args, **{**card_values(self.run), **kwargs})
+
+
+def _settings_of(decoding: str) -> dict[str, Any]:
+    """All settings of conf/decoding/`decoding`.yaml."""
+    if not (CONF / "decoding" / f"{decoding}.yaml").is_file():
+        known = sorted(file.stem for file in (CONF / "decoding").glob("*.yaml"))
+        raise InputError(f"decoding={decoding} must be one of {', '.join(known)}")
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("caption", [f"decoding={decoding}", "run=", "images="])
+    settings: dict[str, Any] = plain(cfg)["decoding"]
+    return settings
+
+
+def _without_paths(value: Any) -> Any:
+    """The settings without those that say where something lay on the machine of the training."""
+    if isinstance(value, dict):
+        return {key: _without_paths(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_without_paths(below) for below in value]
+    is_path = isinstance(value, str) and (
+        PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
+    )
+    return None if is_path else value

@@ -1,0 +1,201 @@
+"""A trained captioner in a program of one's own: pictures in, strings out; published and read again."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import compose, write_colour_table, write_random_run
+from huggingface_hub import HfApi
+from PIL import Image
+from torchvision.transforms.v2.functional import pil_to_tensor
+from transformers import AutoTokenizer
+
+from efficap import Captioner
+from efficap.commands.caption import caption
+from efficap.commands.evaluate import evaluate
+from efficap.data.pictures import PictureError
+from efficap.errors import InputError
+
+README = Path(__file__).parents[2] / "README.md"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_table(tmp_path_factory.mktemp("captioner") / "colours")
+
+
+@pytest.fixture(scope="module")
+def run(folder: Path) -> Path:
+    """With an evaluation's scores and pictures, as eval.py leaves them."""
+    run = write_random_run(folder.parent / "run")
+    for split, cider in (("irregular", 0.25), ("test", 0.875)):
+        (run / "eval" / split).mkdir(parents=True)
+        (run / "eval" / split / "scores.json").write_text(
+            json.dumps({"images": 8, "CIDEr": cider, "BLEU-4": 0.5})
+        )
+        Image.new("RGB", (60, 40), "white").save(run / "eval" / split / "sheet.png")
+    return run
+
+
+@pytest.fixture(scope="module")
+def captioner(run: Path) -> Captioner:
+    return Captioner.from_pretrained(run)
+
+
+@pytest.fixture(scope="module")
+def pictures(folder: Path) -> list[Path]:
+    """Of several sizes, one turned by its EXIF."""
+    made = []
+    for place, size in enumerate([(64, 64), (90, 70), (40, 100), (200, 150)]):
+        torch.manual_seed(place)
+        pixels = torch.rand(1, 3, 4, 4)
+        image = torch.nn.functional.interpolate(pixels, size=size[::-1], mode="bicubic").clamp(0, 1)[0]
+        picture = Image.fromarray((image * 255).byte().permute(1, 2, 0).numpy())
+        exif = Image.Exif()
+        exif[0x0112] = 6 if place == 3 else 1
+        picture.save(folder.parent / f"picture_{place}.png", exif=exif)
+        made.append(folder.parent / f"picture_{place}.png")
+    return made
+
+
+def test_the_readmes_program_runs(
+    run: Path, pictures: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+    (program,) = [block for block in blocks if "Captioner.from_pretrained" in block]
+    assert len(program.strip().splitlines()) <= 5
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "latest").symlink_to(run)
+    (tmp_path / "holiday").mkdir()
+    for name, picture in zip(("dog.jpg", "boat.jpg"), pictures, strict=False):
+        Image.open(picture).save(tmp_path / "holiday" / name)
+    exec(compile(program, "README.md", "exec"), {})
+    printed = capsys.readouterr().out.splitlines()
+    expected = Captioner.from_pretrained(run).caption(["holiday/dog.jpg", "holiday/boat.jpg"], decoding="beam")
+    assert printed == expected
+
+
+def test_files_pictures_and_tensors_give_what_caption_py_gives(
+    run: Path, captioner: Captioner, pictures: list[Path], tmp_path: Path
+) -> None:
+    overrides = [
+        f"run={run}",
+        f"images={pictures[0].parent}/picture_*.png",
+        f"out={tmp_path}",
+        "num_workers=0",
+    ]
+    expected = [result.captions[0].text for result in caption(compose("caption", *overrides))]
+    assert len(set(expected)) > 1
+    assert captioner.caption(pictures) == expected
+    assert captioner.caption([str(picture) for picture in pictures]) == expected
+    assert captioner.caption([Image.open(picture) for picture in pictures]) == expected
+    upright = [pil_to_tensor(Image.open(picture)) for picture in pictures[:3]]
+    assert captioner.caption(upright) == expected[:3]
+    assert captioner.caption(pictures[1]) == [expected[1]]
+    assert captioner.caption([]) == []
+    assert captioner.caption(pictures, batch_size=3) == expected
+
+
+def test_decoding_is_chosen_and_changed(captioner: Captioner, pictures: list[Path]) -> None:
+    greedy = captioner.caption(pictures)
+    short = captioner.caption(pictures, max_tokens=4)
+    assert short != greedy
+    beams = captioner.caption(pictures, decoding="beam", num_beams=4, max_tokens=12)
+    samples = captioner.caption(pictures, decoding="nucleus", top_p=1.0, temperature=3.0, max_tokens=12)
+    assert len({tuple(captions) for captions in (greedy, short, beams, samples)}) > 2
+    with pytest.raises(InputError, match=r"decoding=best must be one of beam, constrained"):
+        captioner.caption(pictures, decoding="best")
+    with pytest.raises(InputError, match=r"num_beans"):
+        captioner.caption(pictures, num_beans=4)
+
+
+def test_what_is_no_picture_is_refused(captioner: Captioner, tmp_path: Path) -> None:
+    with pytest.raises(PictureError, match="missing"):
+        captioner.caption([tmp_path / "none.jpg"])
+    with pytest.raises(InputError, match=r"shape \(4, 9, 9\) and torch.uint8 must be \(3, height, width\)"):
+        captioner.caption(torch.zeros(4, 9, 9, dtype=torch.uint8))
+    with pytest.raises(InputError, match=r"torch.float32 must be"):
+        captioner.caption(torch.zeros(3, 9, 9))
+    with pytest.raises(InputError, match=r"holds no config.yaml"):
+        Captioner.from_pretrained(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def published(captioner: Captioner, folder: Path) -> Path:
+    captioner.save_pretrained(folder.parent / "published")
+    return folder.parent / "published"
+
+
+def test_what_was_published_says_the_same_and_no_path_of_the_machine(
+    captioner: Captioner, published: Path, pictures: list[Path], folder: Path
+) -> None:
+    again = Captioner.from_pretrained(published)
+    assert again.caption(pictures) == captioner.caption(pictures)
+    texts = [file.read_text() for file in published.rglob("*") if file.suffix in {".json", ".yaml", ".md"}]
+    assert len(texts) >= 6
+    assert not any(str(folder.parent) in text for text in texts)
+    again.save_pretrained(published)  # and onto itself
+    assert Captioner.from_pretrained(published).caption(pictures) == captioner.caption(pictures)
+    tokenizer = AutoTokenizer.from_pretrained(published / "tokenizer")
+    assert (
+        tokenizer("a red picture").input_ids == captioner.tokenizer.encode(["a red picture"], 12)[0][0][1:-1]
+    )
+
+
+def test_the_card_shows_how_to_use_it_its_scores_and_its_pictures(
+    captioner: Captioner, published: Path
+) -> None:
+    card = (published / "README.md").read_text()
+    assert "library_name: efficap" in card
+    assert "pipeline_tag: image-to-text" in card
+    assert re.search(
+        r"\| split \| CIDEr \| BLEU-4 \|\n\|---\|---\|---\|\n\| irregular \| 0.250 \| 0.500 \|\n"
+        r"\| test \| 0.875 \| 0.500 \|\n",
+        card,
+    )
+    assert "](eval/test/sheet.png)" in card
+    assert (published / "eval" / "test" / "sheet.png").is_file()
+    assert "0.875" not in str(captioner.generate_model_card(scores={}))
+
+
+def test_a_push_uploads_the_same(
+    captioner: Captioner, published: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def create_repo(self: HfApi, repo_id: str, **options: Any) -> Any:
+        return type("Repo", (), {"repo_id": repo_id})
+
+    def upload_folder(self: HfApi, *, repo_id: str, folder_path: Path, **options: Any) -> str:
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        return repo_id
+
+    monkeypatch.setattr(HfApi, "create_repo", create_repo)
+    monkeypatch.setattr(HfApi, "upload_folder", upload_folder)
+    assert captioner.push_to_hub("somebody/colours") == "somebody/colours"
+    files = {file.relative_to(tmp_path / "uploaded") for file in (tmp_path / "uploaded").rglob("*")}
+    assert files == {file.relative_to(published) for file in published.rglob("*")}
+
+
+def test_a_name_on_the_hub_is_read_from_its_cache(
+    captioner: Captioner, published: Path, pictures: list[Path], tmp_path: Path
+) -> None:
+    cached = tmp_path / "models--somebody--colours"
+    shutil.copytree(published, cached / "snapshots" / ("0" * 40))
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0" * 40)
+    again = Captioner.from_pretrained("somebody/colours", cache_dir=tmp_path)
+    assert again.caption(pictures) == captioner.caption(pictures)
+
+
+def test_a_published_captioner_is_evaluated_on_data_that_is_named(published: Path, folder: Path) -> None:
+    settings = [f"run={published}", "split=val", "metrics=[BLEU]", "gallery=0", "accelerator=cpu"]
+    with pytest.raises(InputError, match=r"data.table is not known here; add \+data.table=PATH"):
+        evaluate(compose("eval", *settings))
+    data = [f"+data.table={folder}/captions.csv", f"+data.image_dir={folder}/images"]
+    assert evaluate(compose("eval", *settings, *data))["images"] > 0
