@@ -30,7 +30,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Weights of other programs in, a run's weights out.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for add in (_add_export,):
+    for add in (_add_export, _add_import_original):
         add(commands)
     return parser
 
@@ -62,6 +62,51 @@ def _add_export(commands: Any) -> None:
         "--images", metavar="PATH", help="pictures to try it on (default: blots of colour from a seed)"
     )
     parser.set_defaults(function=_export)
+
+
+def _add_import_original(commands: Any) -> None:
+    parser = commands.add_parser(
+        "import-original",
+        help="a model of the original TensorFlow project, as a run",
+        description="Writes a run directory that caption.py, eval.py and init_from take, from the weights that the "
+        "original TensorFlow project saved.",
+    )
+    files = "Keras's HDF5 file, or the prefix of a TensorFlow checkpoint (DIR/NAME of DIR/NAME.index)"
+    parser.add_argument("--encoder", required=True, type=Path, metavar="FILE", help=f"with its EfficientNet: {files}")
+    parser.add_argument("--decoder", required=True, type=Path, metavar="FILE", help="the same of the decoder")
+    parser.add_argument(
+        "--config",
+        required=True,
+        type=Path,
+        metavar="JSON",
+        help="its sizes: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer), n_spe, encoder_head, image_size",
+    )
+    parser.add_argument(
+        "--tokenizer",
+        default="openai-community/gpt2",
+        metavar="NAME",
+        help="the decoder's, on the hub or a directory (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--no-past",
+        action="store_true",
+        help="without the empty place before the first token, which the decoder was trained with",
+    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist")
+    parser.set_defaults(function=_import_original)
+
+
+def _import_original(options: argparse.Namespace) -> None:
+    from efficap.commands.import_original import import_original
+
+    import_original(
+        options.encoder,
+        options.decoder,
+        options.out,
+        config=options.config,
+        tokenizer=options.tokenizer,
+        past=not options.no_past,
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
