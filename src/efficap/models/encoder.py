@@ -184,6 +184,6 @@ def _from_hub(name: str) -> str:
             )
         return found[:1]
 
-    subject = f"model.encoder.name={name}: cannot load its pretrained weights: {repository}"
+    subject = f"model.encoder.name={name}: cannot load its pretrained weights since {repository}"
     directory = hub_files(subject, repository, choose, files[:1], _WAY_OUT)
     return str(directory / choose([file.name for file in directory.iterdir()])[0])
