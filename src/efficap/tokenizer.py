@@ -133,6 +133,16 @@ class CaptionTokenizer:
         tokenizer = read_tokenizer(file)
         return cls(tokenizer, *bos_and_eos(directory, tokenizer))
 
+    def ids_in(self, other: CaptionTokenizer) -> list[int]:
+        """For each id the other's id of the same token, -1 where it has none; BOS and EOS are the other's."""
+        theirs = other._tokenizer.get_vocab(with_added_tokens=True)
+        own = self._tokenizer.get_vocab(with_added_tokens=True)
+        ids = [-1] * self.vocab_size
+        for token, number in own.items():
+            ids[number] = theirs.get(token, -1)
+        ids[self.bos_id], ids[self.eos_id] = other.bos_id, other.eos_id
+        return ids
+
     def save(self, directory: Path) -> None:
         """Write tokenizer.json and, so that transformers' AutoTokenizer loads it too, tokenizer_config.json."""
         directory.mkdir(parents=True, exist_ok=True)

@@ -78,7 +78,9 @@ def test_the_readmes_program_runs(
         Image.open(picture).save(tmp_path / "holiday" / name)
     exec(compile(program, "README.md", "exec"), {})
     printed = capsys.readouterr().out.splitlines()
-    expected = Captioner.from_pretrained(run).caption(["holiday/dog.jpg", "holiday/boat.jpg"], decoding="beam")
+    expected = Captioner.from_pretrained(run).caption(
+        ["holiday/dog.jpg", "holiday/boat.jpg"], decoding="beam"
+    )
     assert printed == expected
 
 

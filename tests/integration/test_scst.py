@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,7 +116,10 @@ def with_start(start: tuple[Path, Path], *overrides: str) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.image_size=128", r"model.image_size=128 must be 64, as in init_from=.*; leave model out"),
+        (
+            "model.encoder.name=b0",
+            r"model.encoder.name=b0 must be test_\S+, as in init_from=.*; leave model out",
+        ),
         ("model.decoder.n_layer=3", r"model.decoder.n_layer=3 must be 2, as in init_from="),
         ("model=small", r"model\.\S+=\S+ must be \S+, as in init_from="),
     ],
@@ -144,6 +148,28 @@ def test_what_fits_the_runs_model_may_be_said(
     expected["lr"]["bridge"] = 0.125
     assert cfg["model"] == expected
     assert cfg["optimizer"]["lr"] == {"encoder": 0.25, "bridge": 0.125, "decoder": expected["lr"]["decoder"]}
+
+
+def test_a_run_goes_on_with_larger_pictures_more_blocks_and_more_words(
+    start: tuple[Path, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    changes = ["model.image_size=96", "model.bridge.n_blocks=2", "model.tokenizer.vocab_size=310"]
+    said(monkeypatch, *changes)
+    overrides = from_run(
+        start, tmp_path / "run", *changes, "optimizer.lr={encoder: 0.0, bridge: 0.0, decoder: 0.0}"
+    )
+    run = train(compose("train", *overrides, "trainer.max_epochs=1"))
+    printed = capsys.readouterr().out
+    assert re.search(r"bridge.positions\s+│\s+1 │ 4 to 9 rows, interpolated", printed)
+    assert re.search(r"bridge.blocks.1\s+│\s+12 │ fresh", printed)
+    config = RunDirectory(run).config["model"]
+    assert (config["image_size"], config["bridge"]["n_blocks"]) == (96, 2)
+    before, after = (pd.read_csv(folder / "metrics.csv")["train/loss"].dropna() for folder in (start[1], run))
+    assert after.iloc[0] == pytest.approx(before.iloc[-1], rel=0.1)
+    assert before.iloc[0] > 1.25 * before.iloc[-1]  # what fresh weights would give
 
 
 def test_a_run_that_is_not_there_is_named_by_its_setting(tmp_path: Path, colour_table: Path) -> None:

@@ -5,19 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from rich.console import Console
+from rich.table import Table
 
 from efficap.commands.run_dir import RunDirectory
 from efficap.errors import InputError
+from efficap.models.captioner import CaptionModel
+from efficap.models.transfer import Transfer, transfer_weights
+from efficap.models.weights import WEIGHTS_FILE, read_weights
+from efficap.tokenizer import CaptionTokenizer
 
 # What neither the weights nor the pictures depend on.
 _FREE = {"encoder.frozen", "encoder.drop_path_rate", "bridge.dropout", "decoder.dropout"}
+# What the weights can be fitted to.
+_FITTED = {"image_size", "bridge.n_blocks", "decoder.n_positions", "tokenizer.name", "tokenizer.vocab_size"}
 
 
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     """The values of conf/train.yaml with the model of a run that the training starts from.
 
     All of it is the run's, learning rates too, but for what the command line says: freezing, regularisation and
-    learning rates are taken from there, and nothing else may be said that differs.
+    learning rates are taken from there, and sizes that the weights can be fitted to (`load_from`); nothing else may be
+    said that differs.
 
     Raises:
         InputError: the command line asks for another model.
@@ -25,12 +34,12 @@ def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     theirs, ours = _leaves(run.config["model"]), _leaves(cfg["model"])
     model: dict[str, Any] = dict(theirs)
     for key in filter(_is_said, theirs.keys() & ours.keys()):
-        if key in _FREE or key.startswith("lr."):
+        if key in _FREE | _FITTED or key.startswith("lr."):
             model[key] = ours[key]
         elif ours[key] is not None and ours[key] != theirs[key]:  # null is filled by what else is chosen
             raise InputError(
                 f"model.{key}={ours[key]} must be {theirs[key]}, as in init_from={cfg['init_from']}; leave model out: "
-                "it is that run's"
+                f"it is that run's; what may change: {', '.join(sorted(f'model.{key}' for key in _FREE | _FITTED))}"
             )
     lr = {
         part: model[f"lr.{part}"] if value == cfg["model"]["lr"][part] else value  # said, where it differs
@@ -42,6 +51,45 @@ def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
         "model": _nested(model),
         "optimizer": {**cfg["optimizer"], "lr": lr},
     }
+
+
+def load_from(run: RunDirectory, captioner: CaptionModel, tokenizer: CaptionTokenizer) -> None:
+    """Load a run's weights into a captioner of its model, perhaps of other sizes, and print what became of them.
+
+    Raises:
+        InputError: the run has no weights, or another model's.
+    """
+    file = run.path / WEIGHTS_FILE
+    if not file.is_file():
+        raise InputError(
+            f"init_from={run.path} holds no {WEIGHTS_FILE}: training writes it at its first validation"
+        )
+    rows = tokenizer.ids_in(run.tokenizer())
+    try:
+        transfer = transfer_weights(
+            captioner, read_weights(file), image_size=run.config["model"]["image_size"], rows=rows
+        )
+    except InputError as error:
+        raise InputError(f"init_from={run.path}: {error}") from error
+    _print_transfer(run, transfer)
+
+
+def _print_transfer(run: RunDirectory, transfer: Transfer) -> None:
+    table = Table(title=f"init_from {run.path.name}")
+    table.add_column("weights")
+    table.add_column("number", justify="right")
+    table.add_column("are")
+    for what, names in (
+        ("loaded", transfer.loaded),
+        ("fresh", transfer.fresh),
+        ("left out", transfer.dropped),
+    ):
+        parts = [name.split(".")[0] if what == "loaded" else ".".join(name.split(".")[:3]) for name in names]
+        for part in dict.fromkeys(parts):
+            table.add_row(part, f"{parts.count(part):,}", what)
+    for name, how in transfer.resized.items():
+        table.add_row(name.removesuffix(".weight"), "1", how)
+    Console(width=100).print(table)
 
 
 def _is_said(key: str) -> bool:

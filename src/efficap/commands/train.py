@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-from efficap.commands.init_from import with_model_of
+from efficap.commands.init_from import load_from, with_model_of
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
@@ -24,7 +24,6 @@ from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
 from efficap.models.build import (
     build_model,
-    load_model,
     load_pretrained_parts,
     preprocessing,
     resolve_model,
@@ -73,17 +72,19 @@ def train(cfg: dict[str, Any]) -> Path:
     data = instantiate(cfg["data"])
     check_feature_cache(data, frozen=model["encoder"]["frozen"])
     data.prepare_data()
-    tokenizer = init_from.tokenizer() if init_from else build_tokenizer(model["tokenizer"], data)
+    tokenizer = (
+        init_from.tokenizer()
+        if init_from and model["tokenizer"] == init_from.config["model"]["tokenizer"]
+        else build_tokenizer(model["tokenizer"], data)
+    )
     data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
-    captioner = (
-        load_model(init_from.path, model, tokenizer.vocab_size)
-        if init_from
-        else build_model(model, tokenizer.vocab_size)
-    ).train()  # Lightning leaves each part in its mode, and a frozen encoder takes evaluation's only here
+    captioner = build_model(model, tokenizer.vocab_size)
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
     )
-    if not init_from:
+    if init_from:
+        load_from(init_from, captioner, tokenizer)
+    else:
         load_pretrained_parts(captioner, model)
     if cfg["gradient_checkpointing"]:
         captioner.checkpoint_gradients()

@@ -72,7 +72,9 @@ def _add_import_original(commands: Any) -> None:
         "original TensorFlow project saved.",
     )
     files = "Keras's HDF5 file, or the prefix of a TensorFlow checkpoint (DIR/NAME of DIR/NAME.index)"
-    parser.add_argument("--encoder", required=True, type=Path, metavar="FILE", help=f"with its EfficientNet: {files}")
+    parser.add_argument(
+        "--encoder", required=True, type=Path, metavar="FILE", help=f"with its EfficientNet: {files}"
+    )
     parser.add_argument("--decoder", required=True, type=Path, metavar="FILE", help="the same of the decoder")
     parser.add_argument(
         "--config",
@@ -92,7 +94,9 @@ def _add_import_original(commands: Any) -> None:
         action="store_true",
         help="without the empty place before the first token, which the decoder was trained with",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist")
+    parser.add_argument(
+        "--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist"
+    )
     parser.set_defaults(function=_import_original)
 
 
