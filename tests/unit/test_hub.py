@@ -8,15 +8,20 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
 import pytest
+import timm
+import torch
+from conftest import tiny_model
+from safetensors.torch import save_file
 
 from efficap.errors import InputError
-from efficap.hub import pretrained_files
+from efficap.hub import Choice, pretrained_files
+from efficap.models.build import build_model
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -145,3 +150,23 @@ def test_a_name_that_no_hub_could_have_is_refused() -> None:
     for name in ("them/gp t2", "...", "a/b/c", "gpt2--x"):
         with pytest.raises(InputError, match="is no directory"):
             pretrained_files("model.decoder.name", name, list, ("config.json",), "a way out")
+
+
+def test_an_encoders_weights_are_timms_safetensors_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    theirs = timm.create_model("test_efficientnet.r160_in1k")
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"never read")
+
+    def hub_files(subject: str, name: str, choose: Choice, usual: Sequence[str], way_out: str) -> Path:
+        assert name == "timm/test_efficientnet.r160_in1k"
+        assert choose(["README.md", "pytorch_model.bin", "model.safetensors"]) == list(usual)
+        return tmp_path
+
+    monkeypatch.setattr("efficap.models.encoder.hub_files", hub_files)
+    model = tiny_model(encoder__pretrained=True, encoder__name="test_efficientnet.r160_in1k")
+    encoder = build_model(model, 97).encoder
+    encoder.load_pretrained(model["encoder"]["name"], None)
+    for key, value in encoder.backbone.state_dict().items():
+        assert torch.equal(value, theirs.state_dict()[key])

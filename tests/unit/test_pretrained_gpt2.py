@@ -207,7 +207,7 @@ class Program:
         return (Path.touch, (self.file,))
 
 
-@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, 2))])
 def test_a_pickle_that_is_a_program_is_refused_and_not_run(
     tmp_path: Path, write: Callable[[Any, Path], Any]
 ) -> None:

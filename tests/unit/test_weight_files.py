@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
@@ -188,9 +189,11 @@ def test_float_data_sets_are_read_by_path_and_others_left_out(tmp_path: Path) ->
         file["layer/layer/kernel:0"] = np.arange(6.0, dtype="f4").reshape(2, 3)
         file["layer/half"] = np.array([0.5], "f2")
         file["layer/steps"] = np.array([3])
+        file["big-endian"] = np.array([1.5], ">f4")
         file["empty"] = h5py.Empty("f")
     arrays = read_hdf5(tmp_path / "m.h5")
-    assert sorted(arrays) == ["layer/half", "layer/layer/kernel:0"]
+    assert sorted(arrays) == ["big-endian", "layer/half", "layer/layer/kernel:0"]
+    assert torch.from_numpy(arrays["big-endian"]).item() == 1.5
     np.testing.assert_array_equal(arrays["layer/layer/kernel:0"], [[0, 1, 2], [3, 4, 5]])
 
 

@@ -105,7 +105,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     placed = _json(index).get("weight_map")
-    shards = sorted(map(str, set(placed.values()))) if isinstance(placed, dict) else []
+    shards = sorted({str(shard) for shard in placed.values()}) if isinstance(placed, dict) else []
     weights: dict[str, Tensor] = {}
     for shard in shards:
         if Path(shard).name != shard:  # the index may come from anywhere

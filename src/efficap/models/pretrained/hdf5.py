@@ -12,7 +12,7 @@ from efficap.errors import InputError
 
 
 def read_hdf5(file: Path) -> dict[str, NDArray[np.floating[Any]]]:
-    """All float data sets of a file by their path in it, as in ``layer/layer/kernel:0``.
+    """All float data sets of a file, of 64 bits at most, by their path in it, as in ``layer/layer/kernel:0``.
 
     Soft and external links are not followed, and values that lie in other files are not read.
 
@@ -30,14 +30,16 @@ def read_hdf5(file: Path) -> dict[str, NDArray[np.floating[Any]]]:
 
     def visit(path: str, found: object) -> None:
         nonlocal left
-        if not isinstance(found, h5py.Dataset) or found.shape is None or found.dtype.kind != "f":
+        if not isinstance(found, h5py.Dataset) or found.shape is None:
+            return
+        if found.dtype.kind != "f" or found.dtype.itemsize > 8:
             return
         left -= found.nbytes
         if left < 0:
             raise InputError(f"{file}: {path} {found.shape} is larger than the file; save it uncompressed")
         if found.external or found.is_virtual:
             raise InputError(f"{file}: {path} lies in another file; save it into one")
-        arrays[path] = found[()]
+        arrays[path] = np.asarray(found[()], found.dtype.newbyteorder("="))
 
     try:
         with h5py.File(file, "r") as opened:
