@@ -38,7 +38,7 @@ class CaptionTokenizer:
 
     Attributes:
         bos_id, eos_id, pad_id: int.
-        vocab_size: number of ids, special tokens included.
+        vocab_size: one more than the largest id, special tokens included.
 
     Raises:
         InputError: it has no such tokens.
@@ -63,7 +63,7 @@ class CaptionTokenizer:
         self._names = (bos, eos)
         self.bos_id, self.eos_id = ids
         self.pad_id = self.eos_id
-        self.vocab_size = int(tokenizer.get_vocab_size(with_added_tokens=True))
+        self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
 
     @classmethod
     def pretrained(cls, name: str) -> CaptionTokenizer:

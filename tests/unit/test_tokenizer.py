@@ -172,6 +172,15 @@ def test_a_tokenizer_of_another_kind_keeps_text_and_bans_by_its_own_spelling(tmp
     assert [3] in ours.spellings("red")
 
 
+def test_the_vocabulary_ends_at_the_largest_id(tmp_path: Path) -> None:
+    file = write_french(tmp_path, config={"bos_token_id": 0, "eos_token_id": 1}) / "tokenizer.json"
+    content = json.loads(file.read_text())
+    content["added_tokens"].append({**content["added_tokens"][0], "content": "<pad>", "id": 400})
+    content["model"]["vocab"]["<pad>"] = 400
+    file.write_text(json.dumps(content))
+    assert CaptionTokenizer.pretrained(str(tmp_path)).vocab_size == 401
+
+
 def test_a_sentencepiece_model_alone_is_refused(tmp_path: Path) -> None:
     (tmp_path / "spiece.model").write_bytes(b"")
     with pytest.raises(InputError, match=r"sentencepiece model \(spiece.model\) alone, which is not read"):
