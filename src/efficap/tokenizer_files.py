@@ -77,7 +77,7 @@ def bos_and_eos(directory: Path, tokenizer: Tokenizer) -> tuple[str, str]:
             if isinstance(said, dict):
                 said = said.get("content")
             if said is None and isinstance(number, int) and tokenizer.token_to_id(END_OF_TEXT) is None:
-                said = tokenizer.id_to_token(number) if 0 <= number < tokenizer.get_vocab_size() else None
+                said = tokenizer.id_to_token(number) if 0 <= number < 1 << 32 else None
             if isinstance(said, str):
                 names.setdefault(token, said)
     eos = names.get("eos_token", END_OF_TEXT)
