@@ -17,6 +17,7 @@ from efficap.models.captioner import CaptionModel, DecodingState
 from efficap.models.pretrained.__main__ import main
 from efficap.models.pretrained.export_transformers import check_transformers, export_transformers
 from efficap.models.pretrained.gpt2 import gpt2_state_dict, transformers_state_dict
+from efficap.models.pretrained.onnx_graphs import DecoderStep, EncoderGraph
 from efficap.tokenizer import CaptionTokenizer
 
 TOKENIZER = CaptionTokenizer.learn(["a red picture", "all of it is green"], vocab_size=270)
@@ -84,6 +85,25 @@ def test_names_and_order_of_weights_go_there_and_back() -> None:
     assert all(torch.equal(exported[key], theirs[key]) for key in theirs)
     back = gpt2_state_dict(exported)
     assert all(torch.equal(back[key], value) for key, value in pair.ours.state_dict().items())
+
+
+@pytest.mark.parametrize("arithmetic", ["gpt2", "original", "original_no_past"])
+def test_the_step_that_onnx_takes_is_the_models_own(arithmetic: str) -> None:
+    """With its cache by rows, beside the model's by pictures; beams change their parents."""
+    captioner = random_captioner(arithmetic=arithmetic)
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        ours = captioner.start(images, MAX_TOKENS)
+        memory = EncoderGraph(captioner)(images)  # (L, B, H, N, d) twice
+        layers, _, heads, _, d = memory[0].shape
+        past = [torch.zeros(layers, 2, heads, 0, d)] * 2
+        step = DecoderStep(captioner.decoder)
+        for rows, parents in ((2, None), (6, [0, 0, 0, 1, 1, 1]), (6, [2, 0, 0, 3, 5, 4]), (6, None)):
+            newest = torch.randint(TOKENIZER.vocab_size, (rows,))
+            expected = ours(newest, None if parents is None else torch.tensor(parents))
+            past = past if parents is None else [part[:, parents] for part in past]
+            logits, *past = step(newest.view(2, -1), *memory, *past)
+            torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_transformers_cannot_compute_is_refused(tmp_path: Path) -> None:

@@ -54,10 +54,10 @@ def export_transformers(
     config.save_pretrained(directory)
     GenerationConfig(**special, max_length=max_tokens, do_sample=False).save_pretrained(directory)
     weights = transformers_state_dict(decoder.state_dict())
+    file = directory / WEIGHTS_FILE
     # The metadata is what transformers asks of a file.
-    save_file(
-        {name: weight.cpu() for name, weight in weights.items()}, directory / WEIGHTS_FILE, {"format": "pt"}
-    )
+    save_file({name: weight.cpu() for name, weight in weights.items()}, file, {"format": "pt"})
+    file.chmod((directory / "config.json").stat().st_mode)  # safetensors writes it for its owner alone
     tokenizer.save(directory)
 
 
@@ -96,8 +96,13 @@ def check_transformers(decoder: GPT2, directory: Path, memory: Tensor, tokens: T
         InputError: they differ by more than 2e-4.
     """
     from transformers import GPT2LMHeadModel
+    from transformers.utils import logging
 
-    theirs = GPT2LMHeadModel.from_pretrained(directory).eval()
+    logging.disable_progress_bar()
+    try:
+        theirs = GPT2LMHeadModel.from_pretrained(directory).eval()
+    finally:
+        logging.enable_progress_bar()
     expected = decoder.logits(decoder(tokens, decoder.project_memory(memory)))  # (B, T, V)
     difference = float((theirs(tokens, encoder_hidden_states=memory).logits - expected).abs().max())
     if not difference <= TOLERANCE:
