@@ -134,20 +134,25 @@ def quantize_graphs(directory: Path) -> None:
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    rounded = directory / "rounded"
+    rounded.mkdir()
     for name in (ENCODER_FILE, DECODER_FILE):
-        file, rounded = directory / name, directory / f"rounded_{name}"
-        beside = file.with_name(f"{name}.data")
+        beside = (
+            directory / f"{name}.data"
+        )  # the weights of a large graph; the name is kept, for the graph says it
         with _quiet():
             quantize_dynamic(
-                file,
-                rounded,
+                directory / name,
+                rounded / name,
                 op_types_to_quantize=["MatMul"],
                 weight_type=QuantType.QUInt8,  # signed weights overflow on processors without VNNI
                 per_channel=True,
                 use_external_data_format=beside.exists(),
             )
         beside.unlink(missing_ok=True)
-        rounded.replace(file)
+    for file in rounded.iterdir():
+        file.replace(directory / file.name)
+    rounded.rmdir()
 
 
 def _export(
