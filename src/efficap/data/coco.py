@@ -1,4 +1,4 @@
-"""Captions in JSON: COCO's annotations, and Karpathy's split of COCO and Flickr in the two forms it is passed on in."""
+"""Captions in JSON: COCO's annotations and lists of pictures, and Karpathy's split in two forms."""
 
 from __future__ import annotations
 
@@ -40,26 +40,23 @@ def karpathy_variant(counts: Mapping[str, int]) -> str:
 
 
 def read_json(setting: str, file: Path, split: str | None, image_dir: Path) -> list[CaptionRow]:
-    """Read a JSON file of captions: a row for each, in the file's order.
+    """Read a JSON file of captions: a row for each, in the file's order; of a list of pictures one without a caption.
 
     Args:
         setting: the setting that named the file, for messages: ``data.table=captions.json``.
-        file: COCO's ``captions_train2017.json``, Karpathy's ``dataset_coco.json``, ``dataset_flickr8k.json`` or
-            ``dataset_flickr30k.json``, or a list of ``{"image": …, "caption": …}``.
+        file: COCO's ``captions_train2017.json`` or ``image_info_test2014.json``, Karpathy's ``dataset_coco.json``,
+            ``dataset_flickr8k.json`` or ``dataset_flickr30k.json``, or a list of ``{"image": …, "caption": …}``.
         split: the split of all its rows; None where the file's content or name says it.
         image_dir: where a folder such as ``train2017`` may hold the pictures.
 
     Raises:
         InputError: no JSON of a known kind, without captions, or with a split that cannot be told.
     """
-    try:
-        content = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{setting} cannot be read as JSON in UTF-8: {error}") from error
+    content = _load(setting, file)
     try:
         if isinstance(content, list):
             rows = _list_rows(content, split or _split_of(setting, file))
-        elif isinstance(content, dict) and "annotations" in content and "images" in content:
+        elif _is_coco(content):
             rows = _coco_rows(content, file, split or _split_of(setting, file), image_dir)
         elif isinstance(content, dict) and isinstance(content.get("images"), list):
             rows = _karpathy_rows(content["images"], image_dir)
@@ -79,9 +76,45 @@ def read_json(setting: str, file: Path, split: str | None, image_dir: Path) -> l
     return rows
 
 
+def read_pictures(setting: str, file: Path, image_dir: Path) -> list[tuple[str, dict[str, Any]]]:
+    """Each picture of a JSON file that `read_json` reads, under the same path, with what the file says of it.
+
+    Raises:
+        InputError: no JSON of a known kind.
+    """
+    content = _load(setting, file)
+    try:
+        if isinstance(content, list):
+            return [(_text(entry["image"]), entry) for entry in content]
+        if _is_coco(content):
+            return _coco_pictures(content, file, image_dir)
+        return _karpathy_pictures(content["images"], image_dir)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{setting} has an entry without what it should hold ({error!r}); {_KINDS}"
+        ) from error
+
+
+def _load(setting: str, file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{setting} cannot be read as JSON in UTF-8: {error}") from error
+
+
+def _is_coco(content: object) -> bool:
+    """Whether it is COCO's annotations, or its list of the pictures of a split whose captions are kept back."""
+    if not isinstance(content, dict) or "images" not in content:
+        return False
+    images = content["images"]
+    first = images[0] if isinstance(images, list) and images else None
+    return "annotations" in content or (isinstance(first, dict) and "file_name" in first)
+
+
 _KINDS = (
-    "known are COCO's captions_*.json ('images' and 'annotations' with 'caption'), Karpathy's dataset_*.json "
-    "('images' with 'filename', 'split' and 'sentences') and a list of objects with 'image' and 'caption'"
+    "known are COCO's captions_*.json ('images' and 'annotations' with 'caption') and image_info_*.json, "
+    "Karpathy's dataset_*.json ('images' with 'filename', 'split' and 'sentences') and a list of objects with 'image' "
+    "and 'caption'"
 )
 
 
@@ -101,7 +134,7 @@ def _text(value: Any) -> str:
     return value
 
 
-def _coco_rows(content: dict[str, Any], file: Path, split: str, image_dir: Path) -> list[CaptionRow]:
+def _coco_pictures(content: dict[str, Any], file: Path, image_dir: Path) -> list[tuple[str, dict[str, Any]]]:
     named = re.search(r"(train|val|test)\d{4}", file.stem)
     folder = named.group() if named else None
     inside = image_dir / folder if folder else None
@@ -113,21 +146,34 @@ def _coco_rows(content: dict[str, Any], file: Path, split: str, image_dir: Path)
             return name
         return f"{folder}/{name}"
 
-    images = {image["id"]: place(_text(image["file_name"])) for image in content["images"]}
+    return [(place(_text(image["file_name"])), image) for image in content["images"]]
+
+
+def _coco_rows(content: dict[str, Any], file: Path, split: str, image_dir: Path) -> list[CaptionRow]:
+    pictures = _coco_pictures(content, file, image_dir)
+    if "annotations" not in content:
+        return [(path, "", split) for path, _ in pictures]
+    paths = {image["id"]: path for path, image in pictures}
     return [
-        (images[annotation["image_id"]], _text(annotation["caption"]), split)
+        (paths[annotation["image_id"]], _text(annotation["caption"]), split)
         for annotation in content["annotations"]
     ]
 
 
-def _karpathy_rows(images: list[dict[str, Any]], image_dir: Path) -> list[CaptionRow]:
-    rows = []
+def _karpathy_pictures(images: list[dict[str, Any]], image_dir: Path) -> list[tuple[str, dict[str, Any]]]:
+    pictures = []
     folders: dict[str, bool] = {}
     for image in images:
         name, folder = _text(image["filename"]), _text(image.get("filepath", ""))
         if folder not in folders:
             folders[folder] = (image_dir / folder).is_dir() or not (image_dir / name).exists()
-        path = f"{folder}/{name}" if folder and folders[folder] else name
+        pictures.append((f"{folder}/{name}" if folder and folders[folder] else name, image))
+    return pictures
+
+
+def _karpathy_rows(images: list[dict[str, Any]], image_dir: Path) -> list[CaptionRow]:
+    rows = []
+    for path, image in _karpathy_pictures(images, image_dir):
         split = "train" if image["split"] == "restval" else _text(image["split"])
         rows += [(path, _text(sentence["raw"]), split) for sentence in image["sentences"]]
     return rows

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from torch.utils.data import DataLoader
 
+from efficap.data.attributes import coco_ids, read_attribute
 from efficap.data.dataset import CaptionedImages, SharedRows, encode_table
 from efficap.data.features import FeatureMaps
 from efficap.data.loader import CheckedLoader
@@ -32,11 +33,12 @@ class CSVDataModule(CaptionDataModule):
             mapping of splits to such files.
         image_dir: what the picture names in it are relative to.
         allow_absolute: whether they may lie outside it.
-        image_column, caption_column, split_column: names of its columns.
+        image_column, caption_column, split_column: names of its columns; None for no captions.
         train_split, val_split, test_split: its names of the splits.
         quarantine: a CSV of pictures to leave out, as the doctor writes it; None takes ``<table>.quarantine.csv``
             where that is there.
         check_images: decode every picture once before training.
+        require_captions: False: pictures without captions stay, for captioning alone.
         common: the arguments of `CaptionDataModule`.
     """
 
@@ -47,13 +49,14 @@ class CSVDataModule(CaptionDataModule):
         image_dir: str,
         allow_absolute: bool,
         image_column: str,
-        caption_column: str,
+        caption_column: str | None,
         split_column: str,
         train_split: str,
         val_split: str,
         test_split: str,
         quarantine: str | None,
         check_images: bool,
+        require_captions: bool = True,  # the runs of earlier versions do not have it
         **common: Any,
     ) -> None:
         super().__init__(**common)
@@ -64,7 +67,9 @@ class CSVDataModule(CaptionDataModule):
         )
         self.image_dir = Path(image_dir).expanduser()
         self.allow_absolute, self.check = allow_absolute, check_images
-        self.columns = {
+        self.require_captions = require_captions
+        self.image_column = image_column
+        self.columns: dict[str, Any] = {
             "image_column": image_column,
             "caption_column": caption_column,
             "split_column": split_column,
@@ -94,7 +99,12 @@ class CSVDataModule(CaptionDataModule):
 
     def _read(self) -> None:
         tables, empties = read_table(
-            self.table, self.image_dir, **self.columns, text=self.text, allow_absolute=self.allow_absolute
+            self.table,
+            self.image_dir,
+            **self.columns,
+            text=self.text,
+            allow_absolute=self.allow_absolute,
+            require_captions=self.require_captions,
         )
         self.bad_samples.total = sum(map(len, tables.values()))
         for empty in empties:
@@ -210,6 +220,12 @@ class CSVDataModule(CaptionDataModule):
             table = self.split(split)
             self._files[split] = dict(zip(table.image_ids, table.files, strict=True))
         return self._files[split][image_id]
+
+    def attribute(self, name: str) -> dict[str, str]:
+        return read_attribute(self.table, self.image_dir, name, self.image_column)
+
+    def coco_ids(self) -> dict[str, int]:
+        return coco_ids(self.table, self.image_dir)
 
     def train_dataloader(self) -> CheckedLoader:
         order = self._training_order(Shuffled(len(self._rows["train"]), self.seed))

@@ -108,8 +108,8 @@ def collate(
 
 def collate_captions(captions: list[list[NDArray[np.int32]]], pad_id: int) -> tuple[Tensor, Tensor]:
     """(B, K, T) ids and (B, K) lengths of B lists of captions."""
-    most = max(map(len, captions))
-    longest = max(len(ids) for of_image in captions for ids in of_image)
+    most = max(1, *map(len, captions))  # pictures that are only to be captioned have none
+    longest = max((len(ids) for of_image in captions for ids in of_image), default=1)
     tokens = np.full((len(captions), most, longest), pad_id, np.int64)  # (B, K, T)
     lengths = np.zeros((len(captions), most), np.int64)  # (B, K)
     for b, of_image in enumerate(captions):

@@ -37,7 +37,7 @@ def read_rows(
     *,
     image_dir: Path,
     image_column: str,
-    caption_column: str,
+    caption_column: str | None,
     split_column: str,
 ) -> pd.DataFrame:
     """Read the captions of a file, or of a file for each split, known by suffix and content.
@@ -47,7 +47,7 @@ def read_rows(
             Karpathy's JSON has splits that say more than a key could, and is refused as part of a mapping.
         image_dir: what the pictures' paths are relative to; COCO's depend on the folders in it.
         image_column, caption_column, split_column: names of the columns in a CSV, TSV or Parquet file. A cell
-            with a list holds several captions.
+            with a list holds several captions; None for a table without captions, whose rows have empty ones.
 
     Returns:
         The str columns ``image``, ``caption`` and ``split``, one row a caption, in the order of the files.
@@ -56,7 +56,9 @@ def read_rows(
     Raises:
         InputError: names the file and what it lacks, or why it cannot be read.
     """
-    columns = {"image": image_column, "caption": caption_column, "split": split_column}
+    columns = {"image": image_column, "split": split_column}
+    if caption_column is not None:
+        columns = {"image": image_column, "caption": caption_column, "split": split_column}
     files = table if isinstance(table, Mapping) else {None: table}
     if not files:
         raise InputError(f"data.table={{}} names no file; give one, or one for each split: {_FILE_FOR_EACH}")
@@ -111,6 +113,8 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
     if rows.empty:
         raise InputError(f"{setting} has a header but no rows")
     rows = pd.DataFrame({role: rows[column] for role, column in columns.items()})
+    if "caption" not in columns:
+        return _without_captions(rows)
     lists = {row: _listed(setting, row, cell) for row, cell in _list_like(rows["caption"])}
     if not lists:
         return rows
@@ -164,6 +168,11 @@ def _exploded(rows: pd.DataFrame, captions: list[list[str]]) -> pd.DataFrame:
     return rows.explode("caption", ignore_index=True).astype("str")
 
 
+def _without_captions(rows: pd.DataFrame) -> pd.DataFrame:
+    rows.insert(1, "caption", pd.Series("", index=rows.index, dtype="str"))
+    return rows
+
+
 def _read_parquet(setting: str, file: Path, columns: dict[str, str]) -> pd.DataFrame:
     import pyarrow as pa  # a tenth of a second that other formats need not wait for
     from pyarrow import parquet
@@ -190,6 +199,9 @@ def _read_parquet(setting: str, file: Path, columns: dict[str, str]) -> pd.DataF
                 f"{setting}: the column {column!r} holds {kind}, not text; name another with data.{role}_column=NAME"
             )
         cells[role] = table[column].to_pylist()
+    if "caption" not in columns:
+        texts = {role: [cell or "" for cell in column] for role, column in cells.items()}
+        return _without_captions(pd.DataFrame(texts, dtype="str"))
     captions = [
         [caption or "" for caption in cell] if isinstance(cell, list) else [str(cell or "")]
         for cell in cells.pop("caption")

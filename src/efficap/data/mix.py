@@ -121,6 +121,12 @@ class MixedDataModule(CaptionData):
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
         return self.evaluated.picture(split, image_id)
 
+    def attribute(self, name: str) -> dict[str, str]:
+        return self.evaluated.attribute(name)
+
+    def coco_ids(self) -> dict[str, int]:
+        return self.evaluated.coco_ids()
+
     def notes(self) -> list[str]:
         return [f"{name}: {note}" for name, source in self.sources.items() for note in source.notes()]
 

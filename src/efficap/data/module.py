@@ -71,6 +71,18 @@ class CaptionData(pl.LightningDataModule, ABC):
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
         """A picture to show: its file, or itself."""
 
+    def attribute(self, name: str) -> dict[str, str]:
+        """The value of a column of the table for each picture, by image id.
+
+        Raises:
+            InputError: there is no such column, or no table.
+        """
+        raise InputError(f"by={name} needs a table with such a column: add +data.table=… +data.image_dir=…")
+
+    def coco_ids(self) -> dict[str, int]:
+        """The numbers of the pictures, by image id, where the table is COCO's; else nothing."""
+        return {}
+
     @abstractmethod
     def notes(self) -> list[str]:
         """What a person should know of the prepared data, a line each."""

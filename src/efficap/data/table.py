@@ -81,10 +81,11 @@ def read_table(
     image_dir: Path,
     *,
     image_column: str,
-    caption_column: str,
+    caption_column: str | None,
     split_column: str,
     text: CaptionText | None = None,
     allow_absolute: bool = False,
+    require_captions: bool = True,
 ) -> tuple[dict[str, CaptionTable], list[EmptyCaption]]:
     """Read a table of any known form into one `CaptionTable` a split.
 
@@ -94,13 +95,14 @@ def read_table(
         image_column, caption_column, split_column: the columns' names, where the form has columns.
         text: cleans the captions; None: white space alone is collapsed.
         allow_absolute: whether pictures may lie outside `image_dir`.
+        require_captions: False: a picture without captions stays, with no references.
 
     Returns:
-        The tables by split, and the rows whose caption is empty, which they leave out.
+        The tables by split, and the rows whose caption is empty, which they leave out where captions are required.
 
     Raises:
-        InputError: no such file, folder or column, no row, an empty name or split, a picture outside `image_dir`,
-            in two splits, or named like another but for its case.
+        InputError: no such file, folder or column, no row, not one caption, an empty name or split, a picture outside
+            `image_dir`, in two splits, or named like another but for its case.
     """
     if not image_dir.is_dir():
         raise InputError(f"data.image_dir={image_dir} is no directory")
@@ -124,21 +126,36 @@ def read_table(
     names = {name: _checked_name(name, table, allow_absolute) for name in rows["image"].unique()}
     rows["image"] = rows["image"].map(names)
     _check_names(rows, table)
+    if not require_captions:
+        return _by_split(rows, image_dir), []
     full = rows[rows["caption"] != ""]
+    if full.empty:
+        raise InputError(
+            f"data.table={table} has {rows['image'].nunique():,} pictures and not one caption; eval.py captions such a "
+            "table without scores: metrics=[]"
+        )
     empty_rows = rows[rows["caption"] == ""]["image"]
     empties = [EmptyCaption(str(image), int(index) + 1) for index, image in empty_rows.items()]  # type: ignore[call-overload]
-    tables = {
-        str(split): _group(str(split), part, image_dir) for split, part in full.groupby("split", sort=False)
+    return _by_split(full, image_dir), empties
+
+
+def _by_split(rows: pd.DataFrame, image_dir: Path) -> dict[str, CaptionTable]:
+    return {
+        str(split): _group(str(split), part, image_dir) for split, part in rows.groupby("split", sort=False)
     }
-    return tables, empties
 
 
 def _collapse(caption: str) -> str:
     return " ".join(caption.split())
 
 
+def image_id_of(name: str) -> str:
+    """The id of the picture that a table calls `name`."""
+    return posixpath.normpath(name.strip().replace(os.sep, "/"))
+
+
 def _checked_name(name: str, table: object, allow_absolute: bool) -> str:
-    normal = posixpath.normpath(name.replace(os.sep, "/"))
+    normal = image_id_of(name)
     if not allow_absolute and (PurePosixPath(normal).is_absolute() or normal.startswith("..")):
         raise InputError(
             f"data.table={table}: {name} lies outside data.image_dir; data.allow_absolute=true reads it all the same"
@@ -164,6 +181,8 @@ def _check_names(rows: pd.DataFrame, table: object) -> None:
 
 
 def _group(split: str, rows: pd.DataFrame, image_dir: Path) -> CaptionTable:
-    captions = rows.groupby("image", sort=False)["caption"].agg(list)
+    captions = rows.groupby("image", sort=False)["caption"].agg(
+        lambda texts: [text for text in texts if text]
+    )
     image_ids = [str(image_id) for image_id in captions.index]
     return CaptionTable.of(split, image_ids, [image_dir / name for name in image_ids], captions.tolist())
