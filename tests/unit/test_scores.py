@@ -1,10 +1,12 @@
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +18,15 @@ from pycocoevalcap.tokenizer import ptbtokenizer
 
 from efficap.errors import InputError
 from efficap.evaluation import java
+from efficap.evaluation.pictures import PictureRecord, read_pictures, write_pictures
 from efficap.evaluation.results import read_predictions, read_scores, write_predictions, write_scores
-from efficap.evaluation.scores import check_java, cider_per_image, distinct_share, score_captions
+from efficap.evaluation.scores import (
+    check_java,
+    cider_per_image,
+    distinct_share,
+    score_captions,
+    score_pictures,
+)
 
 REFERENCES = {
     "dogs.jpg": ["Two dogs run across the wet sand.", "A pair of dogs is running on a beach"],
@@ -323,3 +332,39 @@ def test_scores_return_as_written_and_a_failed_write_keeps_the_old_file(tmp_path
         write_scores(path, {"CIDEr": float("nan")})
     assert read_scores(path) == scores
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_pictures_counts_sum_up_to_the_corpus_bleu(plain_path):
+    predictions = {**PREDICTIONS, "snow.jpg": ""}
+    expected, predicted = plain_tokens(REFERENCES), plain_tokens({k: [v] for k, v in predictions.items()})
+    bleu, _ = Bleu(4).compute_score(expected, predicted, verbose=0)
+
+    pictures = score_pictures(predictions, REFERENCES)
+
+    words, closest, *counts = np.sum([scores.bleu for scores in pictures.values()], axis=0)
+    assert words == sum(len(caption.split()) for [caption] in predicted.values())
+    precisions = np.array(counts[4:]) / np.array(counts[:4])
+    penalty = min(1.0, math.exp(1 - closest / words))
+    assert penalty * np.exp(np.log(precisions).mean()) == pytest.approx(bleu[3], rel=1e-6)
+    assert np.mean([scores.cider for scores in pictures.values()]) == pytest.approx(
+        Cider().compute_score(expected, predicted)[0]
+    )
+
+
+def test_what_is_known_of_each_picture_is_read_as_it_was_written(tmp_path):
+    scores = score_pictures(PREDICTIONS, REFERENCES)
+    records = [
+        PictureRecord(i, PREDICTIONS[i], REFERENCES[i], Path("images") / i, scores[i]) for i in PREDICTIONS
+    ]
+    records.append(PictureRecord("in a shard\n", "a \u2028 caption", ["é", "b"]))
+    write_pictures(tmp_path / "eval" / "pictures.jsonl", records)
+    assert read_pictures(tmp_path / "eval" / "pictures.jsonl") == records
+
+
+@pytest.mark.parametrize("line", ['{"image_id": "a"}', '{"image_id": "a', "[]", "\udc00"])
+def test_a_damaged_line_of_pictures_is_named(tmp_path, line):
+    write_pictures(tmp_path / "pictures.jsonl", [PictureRecord("a", "b", ["c"])])
+    with (tmp_path / "pictures.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
+        file.write(line.replace("\udc00", "\udcff"))
+    with pytest.raises(InputError, match=r"pictures.jsonl: line 2 is damaged .*run eval.py again"):
+        read_pictures(tmp_path / "pictures.jsonl")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,15 +16,16 @@ from rich.progress import track
 from efficap.commands.run_dir import RunDirectory
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding, build_decoding
+from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_predictions, write_scores
 from efficap.evaluation.scores import (
     Scores,
     check_java,
     check_metrics,
-    cider_per_image,
     distinct_share,
     score_captions,
+    score_pictures,
 )
 from efficap.models.build import preprocessing
 from efficap.training.writer import CaptionWriter
@@ -36,7 +36,8 @@ SHEET = 12  # pictures of sheet.png
 def evaluate(cfg: dict[str, Any]) -> Scores:
     """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
 
-    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json, index.html and sheet.png.
+    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json, pictures.jsonl (what `python -m
+    efficap.evaluation.compare` reads), index.html and sheet.png.
 
     Raises:
         InputError: no such run or split, no Java, a GPU that is not there.
@@ -69,12 +70,13 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
         scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
     scores["distinct"] = distinct_share(list(predictions.values()))
     write_scores(out / "scores.json", scores)
+    pictures = functools.partial(data.picture, split)
+    records = _records(scores, predictions, references, pictures)
+    write_pictures(out / PICTURES_FILE, records)
     console = Console()
     console.print(scores_table(scores))
     if cfg["gallery"]:
-        title = f"{run.config['name']}: {split}"
-        pictures = functools.partial(data.picture, split)
-        _write_pages(out, title, scores, predictions, references, pictures, cfg["gallery"])
+        _write_pages(out, f"{run.config['name']}: {split}", scores, records, pictures, cfg["gallery"])
     for note in data.notes():
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(
@@ -122,27 +124,48 @@ def _shuffled_cider(
     return score_captions(predictions, others, metrics=["CIDEr"])["CIDEr"]
 
 
-def _write_pages(
-    out: Path,
-    title: str,
+def _records(
     scores: Scores,
     predictions: dict[str, str],
     references: dict[str, list[str]],
     pictures: Callable[[str], Path | Image.Image],
-    count: int,
-) -> None:
-    corpus = scores.get("CIDEr")
-    cider = cider_per_image(predictions, references) if isinstance(corpus, float) else {}
-    items = [
-        GalleryItem(
-            pictures(image_id),
+) -> list[PictureRecord]:
+    """Each picture with its part in CIDEr and BLEU, unless neither was asked for or what was asked for has failed."""
+    asked = [scores[name] for name in ("CIDEr", "BLEU-4") if name in scores]
+    computed = bool(asked) and all(isinstance(value, float) for value in asked)
+    parts = score_pictures(predictions, references) if computed else {}
+    files = isinstance(pictures(next(iter(predictions))), Path)  # else each would be read from its shard
+    return [
+        PictureRecord(
+            image_id,
             caption,
             references[image_id],
-            note=f"CIDEr {cider[image_id]:.2f}" if cider else "",
+            image=Path(str(pictures(image_id))) if files else None,
+            scores=parts.get(image_id),
         )
-        for image_id, caption in itertools.islice(predictions.items(), count)
+        for image_id, caption in predictions.items()
     ]
-    subtitle = f"CIDEr {corpus:.3f} on {len(predictions):,} pictures" if isinstance(corpus, float) else ""
+
+
+def _write_pages(
+    out: Path,
+    title: str,
+    scores: Scores,
+    records: list[PictureRecord],
+    pictures: Callable[[str], Path | Image.Image],
+    count: int,
+) -> None:
+    items = [
+        GalleryItem(
+            pictures(record.image_id),
+            record.caption,
+            record.references,
+            note=f"CIDEr {record.scores.cider:.2f}" if record.scores and "CIDEr" in scores else "",
+        )
+        for record in records[:count]
+    ]
+    corpus = scores.get("CIDEr")
+    subtitle = f"CIDEr {corpus:.3f} on {len(records):,} pictures" if isinstance(corpus, float) else ""
     write_gallery(out / "index.html", items, title=title, subtitle=subtitle)
     contact_sheet(out / "sheet.png", items[:SHEET])
 

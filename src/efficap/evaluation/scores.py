@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 from efficap.errors import InputError
 from efficap.evaluation import java
@@ -14,18 +15,35 @@ from efficap.evaluation.java import check_java
 
 __all__ = [
     "ALL_METRICS",
+    "BLEU_COUNTS",
+    "PictureScores",
     "Scores",
     "check_java",
     "check_metrics",
     "cider_per_image",
     "distinct_share",
     "score_captions",
+    "score_pictures",
 ]
 
 Scores = dict[str, float | int | str | None]
 Tokenized = dict[str, list[str]]  # image id -> tokenized captions
 
 SHOWN = 3  # ids named in an error message
+BLEU_COUNTS = 10  # of a picture
+
+
+class PictureScores(NamedTuple):
+    """A picture's part in the scores of its split.
+
+    Attributes:
+        cider: 0 to 10, by document frequencies of the split; their mean is the split's.
+        bleu: ten counts, whose sums over a split give its BLEU: words of the caption and of the reference closest in
+            length, n-grams of 1 to 4 words in the caption, and those of them that a reference has.
+    """
+
+    cider: float
+    bleu: tuple[int, ...]
 
 
 def score_captions(
@@ -88,18 +106,31 @@ def check_metrics(names: Sequence[str]) -> None:
 def cider_per_image(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """CIDEr of each image (0 to 10); their mean is the corpus' score. Unlike it, raises what goes wrong.
+    """CIDEr of each image (0 to 10); their mean is the corpus' score. Raises as `score_pictures` does."""
+    return {image_id: scores.cider for image_id, scores in score_pictures(predictions, references).items()}
+
+
+def score_pictures(
+    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
+) -> dict[str, PictureScores]:
+    """The part of each image in the corpus' CIDEr and BLEU. Unlike `score_captions`, raises what goes wrong.
 
     Raises:
         InputError: as `score_captions`.
         RuntimeError: the tokenizer failed.
     """
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
     from pycocoevalcap.cider.cider import Cider
 
     _check_ids(predictions, references)
     predicted, expected = _tokenize(predictions, references)
-    _, scores = Cider().compute_score(expected, predicted)
-    return {image_id: float(score) for image_id, score in zip(predicted, scores, strict=True)}
+    _, cider = Cider().compute_score(expected, predicted)
+    scores = {}
+    for image_id, score in zip(predicted, cider, strict=True):
+        counts = cook_test(predicted[image_id][0], cook_refs(expected[image_id]), "closest")
+        bleu = (counts["testlen"], counts["reflen"], *counts["guess"], *counts["correct"])
+        scores[image_id] = PictureScores(float(score), bleu)
+    return scores
 
 
 def distinct_share(captions: Sequence[str]) -> float:

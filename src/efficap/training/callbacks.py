@@ -118,6 +118,7 @@ class RunMetrics(Callback):
         self.pairs = pairs if self.pairs is None else self.pairs + pairs
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())
+            pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
 
     def _rate(self) -> float:
         now = time.monotonic()
