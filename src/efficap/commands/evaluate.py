@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from PIL import Image
 from rich.console import Console
-from rich.progress import track
 
-from efficap.commands.run_dir import RunDirectory
+from efficap.commands.subject import open_ensemble, open_run
 from efficap.data.module import CaptionData
-from efficap.decoding import Decoding, build_decoding
+from efficap.decoding import Decoding
+from efficap.errors import InputError
+from efficap.evaluation.groups import check_groups, groups_table, score_groups
 from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
-from efficap.evaluation.results import write_predictions, write_scores
+from efficap.evaluation.results import write_coco_results, write_predictions, write_scores
 from efficap.evaluation.scores import (
     Scores,
     check_java,
@@ -27,8 +28,6 @@ from efficap.evaluation.scores import (
     score_captions,
     score_pictures,
 )
-from efficap.models.build import preprocessing
-from efficap.training.writer import CaptionWriter
 
 SHEET = 12  # pictures of sheet.png
 
@@ -36,47 +35,50 @@ SHEET = 12  # pictures of sheet.png
 def evaluate(cfg: dict[str, Any]) -> Scores:
     """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
 
-    Writes RUN/eval/SPLIT/captions.json (COCO's results format), scores.json, pictures.jsonl (what `python -m
-    efficap.evaluation.compare` reads), index.html and sheet.png.
+    Writes RUN/eval/SPLIT/captions.json and results.json (COCO's results format, with COCO's numbers where the table has
+    them), scores.json, pictures.jsonl (what `python -m efficap.evaluation.compare` reads), index.html and sheet.png; of
+    an ensemble the same below its own folder.
 
     Raises:
-        InputError: no such run or split, no Java, a GPU that is not there.
+        InputError: no such run, split or column, no Java, a GPU that is not there, runs that make no ensemble.
     """
-    run = RunDirectory(cfg["run"])
-    device, precision = run.placement(cfg["accelerator"], cfg["precision"])
-    decoding = build_decoding(run.decoding(cfg["decoding"]))
     check_metrics(cfg["metrics"])
-    check_java()
-    tokenizer = run.tokenizer()
-    writer = CaptionWriter(run.captioner(tokenizer, device, precision), tokenizer, decoding)
-    split, data = cfg["split"], _prepared_data(run, cfg, writer, device)
+    if cfg["metrics"]:
+        check_java()
+    subject = open_ensemble(cfg) if cfg["ensemble"] else open_run(cfg)
+    split, data, writer = cfg["split"], subject.data, subject.writer
+    group_of = _groups(data, cfg)
 
-    out = run.path / "eval" / split
+    out = subject.out / split
     predictions: dict[str, str] = {}
     references: dict[str, list[str]] = {}
-    batches = data.evaluation_dataloader(split)
     with torch.inference_mode():
-        for batch in track(batches, f"Captioning {split}", console=Console(stderr=True), transient=True):
-            captions = (best.text for best, *_ in writer.write(batch.images.to(device), batch.image_ids))
-            assert batch.references is not None
-            predictions |= dict(zip(batch.image_ids, captions, strict=True))
-            references |= dict(zip(batch.image_ids, batch.references, strict=True))
-    write_predictions(out / "captions.json", predictions)
+        for images, image_ids, texts in subject.batches(split):
+            captions = (best.text for best, *_ in writer.write(images, image_ids))
+            predictions |= dict(zip(image_ids, captions, strict=True))
+            references |= dict(zip(image_ids, texts, strict=True))
+    _write_captions(out, predictions, data.coco_ids())
 
-    scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(decoding)}
-    scores["precision"] = str(precision).removeprefix("torch.")
-    scores |= score_captions(predictions, references, metrics=cfg["metrics"])
+    scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(writer.decoding)}
+    scores |= {"ensemble": ", ".join(subject.runs)} if subject.runs else {}
+    scores["precision"] = subject.precision
+    if cfg["metrics"]:
+        scores |= score_captions(predictions, references, metrics=cfg["metrics"])
     if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
         scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
     scores["distinct"] = distinct_share(list(predictions.values()))
+    if group_of:
+        scores |= score_groups(predictions, references, group_of, metrics=cfg["metrics"])
     write_scores(out / "scores.json", scores)
     pictures = functools.partial(data.picture, split)
     records = _records(scores, predictions, references, pictures)
     write_pictures(out / PICTURES_FILE, records)
     console = Console()
     console.print(scores_table(scores))
+    if group_of:
+        console.print(groups_table(scores, cfg["by"]))
     if cfg["gallery"]:
-        _write_pages(out, f"{run.config['name']}: {split}", scores, records, pictures, cfg["gallery"])
+        _write_pages(out, f"{subject.name}: {split}", scores, records, pictures, cfg["gallery"])
     for note in data.notes():
         console.print(note, soft_wrap=True, highlight=False, markup=False)
     console.print(
@@ -85,28 +87,25 @@ def evaluate(cfg: dict[str, Any]) -> Scores:
     return scores
 
 
-def _prepared_data(
-    run: RunDirectory, cfg: dict[str, Any], writer: CaptionWriter, device: torch.device
-) -> CaptionData:
-    """The split's data, in batches as the writer takes them where the command line does not size them itself."""
-    side = run.config["model"]["image_size"]
-    picture = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device)
-    data = run.data(_sized(run.config["data"], cfg["data"], writer.find_batch_size(picture)))
-    data.prepare_data()
-    data.prepare(writer.tokenizer, **preprocessing(run.config["model"]), splits=[cfg["split"]])
-    return data
+def _write_captions(out: Path, predictions: dict[str, str], coco_ids: dict[str, int]) -> None:
+    """captions.json, and where the table gives every picture a number, results.json for COCO's evaluation server."""
+    write_predictions(out / "captions.json", predictions)
+    if coco_ids.keys() >= predictions.keys():
+        write_coco_results(out / "results.json", predictions, coco_ids)
+    else:
+        (out / "results.json").unlink(missing_ok=True)  # of another table
 
 
-def _sized(settings: dict[str, Any], changes: dict[str, Any], batch_size: int) -> dict[str, Any]:
-    """`changes` of a data set's settings, and in a mixture of those of its sources, with a batch size."""
-    if "sources" in settings:
-        below = changes.get("sources", {})
-        sources = {
-            name: _sized(source, below.get(name, {}), batch_size)
-            for name, source in settings["sources"].items()
-        }
-        return {**changes, "sources": sources}
-    return {"batch_size": batch_size, **changes} if "batch_size" in settings else changes
+def _groups(data: CaptionData, cfg: dict[str, Any]) -> dict[str, str]:
+    """The group of each picture of the split, where the scores of groups are asked for."""
+    column, split = cfg["by"], cfg["split"]
+    if column is None:
+        return {}
+    if not cfg["metrics"]:
+        raise InputError(f"by={column} asks for scores, and metrics=[] for none; leave out one of the two")
+    group_of = data.attribute(split, column)
+    check_groups(group_of, list(group_of), column)
+    return group_of
 
 
 def _shuffled_cider(

@@ -121,8 +121,8 @@ class MixedDataModule(CaptionData):
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
         return self.evaluated.picture(split, image_id)
 
-    def attribute(self, name: str) -> dict[str, str]:
-        return self.evaluated.attribute(name)
+    def attribute(self, split: str, name: str) -> dict[str, str]:
+        return self.evaluated.attribute(split, name)
 
     def coco_ids(self) -> dict[str, int]:
         return self.evaluated.coco_ids()

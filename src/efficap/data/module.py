@@ -71,8 +71,8 @@ class CaptionData(pl.LightningDataModule, ABC):
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
         """A picture to show: its file, or itself."""
 
-    def attribute(self, name: str) -> dict[str, str]:
-        """The value of a column of the table for each picture, by image id.
+    def attribute(self, split: str, name: str) -> dict[str, str]:
+        """The value of a column of the table for each picture of a split, by image id; "" where there is none.
 
         Raises:
             InputError: there is no such column, or no table.
