@@ -6,9 +6,10 @@ from efficap.commands.entry import run
 
 
 def main(cfg: dict[str, Any]) -> Any:
-    from efficap.commands.evaluate import evaluate  # heavy imports wait until the configuration is composed
+    # heavy imports wait until the configuration is composed
+    from efficap.commands.evaluate_runs import evaluate_runs
 
-    return evaluate(cfg)
+    return evaluate_runs(cfg)
 
 
 if __name__ == "__main__":

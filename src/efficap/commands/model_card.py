@@ -64,4 +64,5 @@ def card_values(run: RunDirectory) -> dict[str, Any]:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: value for name, value in scores.items() if isinstance(value, float)}
+    whole = {name: value for name, value in scores.items() if "/" not in name}  # and not of a domain
+    return {name: value for name, value in whole.items() if isinstance(value, float)}

@@ -103,14 +103,14 @@ class RunDirectory:
         """
         return changes if "method" in changes else {**self.config["decoding"], **changes}
 
-    def data(self, changes: dict[str, Any]) -> CaptionData:
-        """The run's data module with some of its settings changed.
+    def data(self, changes: dict[str, Any], settings: dict[str, Any] | None = None) -> CaptionData:
+        """The run's data module with some of its settings changed, or the one that other `settings` name.
 
         Raises:
             InputError: a data module that is not this project's.
         """
         try:
-            return self._built(_merged(self.config["data"], changes), changes)
+            return self._built(_merged(settings or self.config["data"], changes), changes)
         except TypeError as error:
             raise InputError(f"{self.path / CONFIG_FILE}: data does not fit its module: {error}") from error
 

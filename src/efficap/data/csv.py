@@ -221,8 +221,9 @@ class CSVDataModule(CaptionDataModule):
             self._files[split] = dict(zip(table.image_ids, table.files, strict=True))
         return self._files[split][image_id]
 
-    def attribute(self, name: str) -> dict[str, str]:
-        return read_attribute(self.table, self.image_dir, name, self.image_column)
+    def attribute(self, split: str, name: str) -> dict[str, str]:
+        values = read_attribute(self.table, self.image_dir, name, self.image_column)
+        return {image_id: values[image_id] for image_id in self.split(split).image_ids}
 
     def coco_ids(self) -> dict[str, int]:
         return coco_ids(self.table, self.image_dir)

@@ -22,8 +22,8 @@ def scores_table(scores: Scores) -> Table:
     """The scores for the screen, as computed and as papers print them (×100); failed metrics with the reason.
 
     Args:
-        scores: as `score_captions` returns them; ``split``, ``images`` and ``decoding`` go to the title, all else
-            to rows.
+        scores: as `score_captions` returns them; ``split``, ``images`` and ``decoding`` go to the title, those of
+            groups (``in-domain/CIDEr``) to `groups_table`, all else to rows.
     """
     from rich.table import Table
     from rich.text import Text
@@ -39,7 +39,7 @@ def scores_table(scores: Scores) -> Table:
     if reasons:
         table.add_column("reason")
     for name, value in scores.items():
-        if name in ("split", "images", "decoding") or name.endswith(ERROR):
+        if name in ("split", "images", "decoding") or name.endswith(ERROR) or "/" in name:
             continue
         if value is None:  # BLEU fails as one: its reason stands at the first of its four rows
             reason = reasons.pop(name, "") or reasons.pop(name.split("-")[0], "")

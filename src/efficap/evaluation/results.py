@@ -34,6 +34,19 @@ def write_predictions(path: Path, predictions: Mapping[str, str] | Iterable[tupl
         file.write(("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
 
 
+def write_coco_results(path: Path, predictions: Mapping[str, str], coco_ids: Mapping[str, int]) -> None:
+    """Write captions as `write_predictions` does, with COCO's numbers of the pictures, as its evaluation server wants.
+
+    Args:
+        path: the JSON file; its folder is made.
+        predictions: image id -> caption.
+        coco_ids: image id -> number, of every picture.
+    """
+    rows = [{"image_id": coco_ids[image_id], "caption": caption} for image_id, caption in predictions.items()]
+    with replacing(path) as file:
+        file.write((json.dumps(rows) + "\n").encode())
+
+
 def read_predictions(path: Path) -> dict[str, str]:
     """Read what `write_predictions` wrote, or COCO's own results file; number ids become strings.
 

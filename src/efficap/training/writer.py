@@ -17,6 +17,7 @@ from efficap.decoding import Decoding
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.ensemble import Ensemble
 from efficap.training.memory import pictures_that_fit
 
 
@@ -60,7 +61,10 @@ class CaptionWriter:
     """
 
     def __init__(
-        self, captioner: CaptionModel | OnnxCaptioner, tokenizer: CaptionTokenizer, decoding: Decoding
+        self,
+        captioner: CaptionModel | OnnxCaptioner | Ensemble,
+        tokenizer: CaptionTokenizer,
+        decoding: Decoding,
     ) -> None:
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
         self.batch_size = decoding.batch_size
@@ -69,11 +73,13 @@ class CaptionWriter:
         """The number of pictures at a time: decoding.batch_size, or else what fits into the memory that is free now.
 
         Args:
-            image: (1, 3, H, W), any picture of the size, where the model lies.
+            image: (1, 3, H, W), any picture of the size, where the model lies; for an ensemble as it packs them.
         """
         if self.batch_size is None:
             if isinstance(self.captioner, OnnxCaptioner):
                 self.batch_size = PICTURES
+            elif isinstance(self.captioner, Ensemble):
+                self.batch_size = self.captioner.pictures_that_fit(self.decoding, image)
             else:
                 self.batch_size = pictures_that_fit(self.captioner, self.decoding, image)
         return self.batch_size
@@ -82,7 +88,7 @@ class CaptionWriter:
     def write(
         self, images: Tensor, image_ids: list[str], *, attention: bool = False
     ) -> list[list[WrittenCaption]]:
-        """The n captions of each of the (B, 3, H, W) uint8 pictures, the best first.
+        """The n captions of each of the (B, 3, H, W) uint8 pictures, or of packed ones, the best first.
 
         Args:
             image_ids: sampling draws by them.

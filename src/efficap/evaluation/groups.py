@@ -1,0 +1,102 @@
+"""Scores of parts of a split, such as the domains of nocaps, besides those of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from efficap.errors import InputError
+from efficap.evaluation.scores import Scores, score_captions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+SHOWN = 3  # ids named in an error message
+
+
+def check_groups(group_of: Mapping[str, str], image_ids: Sequence[str], column: str) -> None:
+    """Raises InputError where a picture is in no group, or a group's name would not do as a part of a score's."""
+    without = [image_id for image_id in image_ids if not group_of.get(image_id)]
+    if without:
+        named = ", ".join(without[:SHOWN]) + (", …" if len(without) > SHOWN else "")
+        raise InputError(
+            f"by={column}: {len(without):,} of {len(image_ids):,} pictures have no value there: {named}; fill the "
+            "column or leave out by="
+        )
+    for group in {group_of[image_id] for image_id in image_ids}:
+        if "/" in group:
+            raise InputError(
+                f"by={column}: the value {group!r} must be without /, which divides it from a score"
+            )
+
+
+def score_groups(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    group_of: Mapping[str, str],
+    *,
+    metrics: Sequence[str],
+) -> Scores:
+    """The scores of each group by itself, as ``<group>/<score>``, in the order of the groups' names.
+
+    Like any subset, a group takes CIDEr's document frequencies from its own references: what one gets by evaluating a
+    file of its pictures alone, and not a share of the whole split's CIDEr. nocaps: Agrawal et al. 2019,
+    https://arxiv.org/abs/1812.08658.
+
+    Args:
+        predictions, references, metrics: as for `score_captions`.
+        group_of: image id -> group, of every picture.
+
+    Returns:
+        ``<group>/images`` and what `score_captions` returns, for each group. CIDEr of one picture, which is 0 whatever
+        its caption, is None with a reason.
+
+    Raises:
+        InputError: as `score_captions`.
+    """
+    scores: Scores = {}
+    for group in sorted({group_of[image_id] for image_id in predictions}):
+        own = [image_id for image_id in predictions if group_of[image_id] == group]
+        found: Scores = {"images": len(own)}
+        found |= score_captions(
+            {image_id: predictions[image_id] for image_id in own},
+            {image_id: references[image_id] for image_id in own},
+            metrics=metrics,
+        )
+        if len(own) == 1 and "CIDEr" in metrics:
+            found["CIDEr"] = None
+            found["CIDEr_error"] = (
+                "one picture alone scores 0 whatever its caption; CIDEr weighs words by how few pictures have them"
+            )
+        scores |= {f"{group}/{name}": value for name, value in found.items()}
+    return scores
+
+
+def groups_table(scores: Scores, column: str) -> Table:
+    """The scores of groups for the screen, a row for each and one for the whole, as computed; reasons below.
+
+    Args:
+        scores: of the whole and, as `score_groups` names them, of groups.
+        column: by which the groups were made.
+    """
+    from rich.table import Table
+    from rich.text import Text
+
+    groups = list(dict.fromkeys(name.rpartition("/")[0] for name in scores if "/" in name))
+    first = [name.rpartition("/")[2] for name in scores if name.startswith(f"{groups[0]}/")]
+    names = [name for name in first if not name.endswith("_error")]
+    reasons = [
+        f"{name.removesuffix('_error')}: {why}" for name, why in scores.items() if name.endswith("_error")
+    ]
+    table = Table(caption=Text("\n".join(reasons)) if reasons else None)
+    table.add_column(Text(column), no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for group in [*groups, ""]:
+        values = [scores.get(f"{group}/{name}" if group else name) for name in names]
+        table.add_row(Text(group or "entire"), *map(_shown, values))
+    return table
+
+
+def _shown(value: float | int | str | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
