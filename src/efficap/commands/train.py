@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import sys
 import warnings
 from pathlib import Path
@@ -14,9 +13,17 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 
 from efficap.commands.init_from import load_from, with_model_of
+from efficap.commands.loggers import build_loggers, finish_wandb
+from efficap.commands.resume import (
+    is_finished,
+    leave_no_trace,
+    log_until,
+    resumed_run,
+    with_settings_of,
+)
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
@@ -31,6 +38,7 @@ from efficap.models.build import (
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
+from efficap.training.checkpoints import ResumePoint, Stopped, checkpoint_of
 from efficap.training.ema import ExponentialMovingAverage
 from efficap.training.feature_cache import cache_features, check_feature_cache
 from efficap.training.objective import build_module, check_objective
@@ -61,9 +69,14 @@ def train(cfg: dict[str, Any]) -> Path:
     check_java()
     decoding = build_decoding(cfg["decoding"])
     check_objective(cfg["training"])
-    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
-    cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
-    model, cfg = cfg["model"], {**cfg, "data": _with_absolute_paths(cfg["data"])}
+    asked = Path(cfg["output_dir"])
+    cfg, init_from, resumed = _resolved(cfg)
+    if resumed and resumed.path != asked.resolve():
+        leave_no_trace(asked)
+    if resumed and is_finished(resumed):
+        print(f"finished already: {resumed.path}")
+        return resumed.path
+    model = cfg["model"]
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
@@ -72,19 +85,15 @@ def train(cfg: dict[str, Any]) -> Path:
     data = instantiate(cfg["data"])
     check_feature_cache(data, frozen=model["encoder"]["frozen"])
     data.prepare_data()
-    tokenizer = (
-        init_from.tokenizer()
-        if init_from and model["tokenizer"] == init_from.config["model"]["tokenizer"]
-        else build_tokenizer(model["tokenizer"], data)
-    )
+    tokenizer = _tokenizer(model["tokenizer"], data, resumed, init_from)
     data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
     captioner = build_model(model, tokenizer.vocab_size)
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
     )
-    if init_from:
+    if init_from and not resumed:
         load_from(init_from, captioner, tokenizer)
-    else:
+    elif not resumed:
         load_pretrained_parts(captioner, model)
     if cfg["gradient_checkpointing"]:
         captioner.checkpoint_gradients()
@@ -99,26 +108,58 @@ def train(cfg: dict[str, Any]) -> Path:
     )
 
     run_dir = Path(cfg["output_dir"])
-    write_run(run_dir, cfg, tokenizer)
+    checkpoint = checkpoint_of(resumed.path) if resumed else None
+    log = log_until(resumed, checkpoint) if resumed and checkpoint else None
+    write_run(run_dir, {**cfg, "resume": None}, tokenizer)
     _print_plan(captioner, cfg, tokenizer, data)
     module = build_module(cfg, captioner, tokenizer, decoding, data)
     try:
-        loggers = _build_loggers(cfg, run_dir)
+        loggers = build_loggers(cfg, run_dir, log)
         trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
-        trainer.fit(module, datamodule=data)
+        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+    except Stopped as stopped:
+        finish_wandb(exit_code=stopped.exit_status)
+        print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+        sys.exit(stopped.exit_status)
     except BaseException as error:
-        _finish_wandb(exit_code=1)
+        finish_wandb(exit_code=1)
         if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
             print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
         raise
-    _finish_wandb(exit_code=0)
+    finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")
     return run_dir
 
 
+def _resolved(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None]:
+    """The settings with all that they leave to other things, the run to start from, and the run to go on with."""
+    resumed = resumed_run(cfg) if cfg["resume"] != "auto" else None
+    if resumed:
+        cfg = with_settings_of(resumed, cfg)
+    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
+    if not resumed:
+        cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
+        cfg = {**cfg, "data": _with_absolute_paths(cfg["data"])}
+    if cfg["resume"] == "auto" and (resumed := resumed_run(cfg)):
+        cfg = with_settings_of(resumed, cfg)
+    return cfg, init_from, resumed
+
+
+def _tokenizer(
+    settings: dict[str, Any], data: CaptionData, resumed: RunDirectory | None, init_from: RunDirectory | None
+) -> CaptionTokenizer:
+    if resumed:
+        return resumed.tokenizer()
+    if init_from and settings == init_from.config["model"]["tokenizer"]:
+        return init_from.tokenizer()
+    return build_tokenizer(settings, data)
+
+
 def _leave_out_lightnings_chatter() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*logs directory .* exists and is not empty")  # Hydra's files
+    warnings.filterwarnings(
+        "ignore", message=".*irectory .* exists and is not empty"
+    )  # Hydra's files, a resumed run
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, under torch 2.15
@@ -212,36 +253,10 @@ def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> l
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
     if cfg["training"]["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
-    return [*callbacks, RunMetrics(run_dir), SampleCaptions(run_dir, pictures), BestCheckpoint(run_dir)]
-
-
-def _build_loggers(cfg: dict[str, Any], run_dir: Path) -> list[Logger]:
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")]
-    if cfg["logger"]:
-        settings = dict(cfg["logger"])
-        if settings["_target_"].endswith("WandbLogger") and settings.get("mode") is None:
-            settings["mode"] = _wandb_mode()
-        logger = instantiate(settings)
-        logger.log_hyperparams(cfg)
-        loggers.append(logger)
-    return loggers
-
-
-def _wandb_mode() -> str | None:
-    """W&B's own choice where WANDB_MODE makes one, online where a key is known, else offline."""
-    import wandb
-
-    if "WANDB_MODE" in os.environ:
-        return None
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except wandb.Error as error:
-        warnings.warn(f"W&B cannot be reached, going on offline: {error}", stacklevel=2)
-        return "offline"
-
-
-def _finish_wandb(exit_code: int) -> None:
-    """End the W&B run, if there is one, or a sweep's next job would write into it."""
-    wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
+    return [
+        *callbacks,
+        RunMetrics(run_dir),
+        SampleCaptions(run_dir, pictures),
+        ResumePoint(run_dir, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
+        BestCheckpoint(run_dir),
+    ]

@@ -11,12 +11,19 @@ from efficap.data.order import BatchOrder, EvaluationOrder
 from efficap.errors import InputError
 
 BadReport = tuple[str, str, str]  # name, reason, detail
+Place = tuple[int, int]  # epoch, batch of it
 
 
 class Batches(Protocol):
     """Yields the batches of an order with what was bad in them; None for a batch of which nothing is left."""
 
     def __iter__(self) -> Iterator[tuple[CaptionBatch | None, list[BadReport]]]: ...
+
+
+class Placed(Protocol):
+    """A loader that knows which batch comes next."""
+
+    place: Place
 
 
 class CheckedLoader:
@@ -28,7 +35,10 @@ class CheckedLoader:
         bad_samples: the counts.
         world: ranks. Where there are several, a batch of which nothing is left is replaced by the one before, as they
             must all take the same number of steps.
-        epoch: the epoch that training is in.
+        place: the epoch and its first batch that the next iteration begins with.
+
+    Attributes:
+        place: the epoch and the batch that come next.
     """
 
     def __init__(
@@ -38,28 +48,26 @@ class CheckedLoader:
         bad_samples: BadSamples,
         *,
         world: int,
-        epoch: Callable[[], int],
+        place: Callable[[], Place],
     ) -> None:
-        self.batches, self.order, self.bad_samples, self.world, self.epoch = (
-            batches,
-            order,
-            bad_samples,
-            world,
-            epoch,
-        )
+        self.batches, self.order, self.bad_samples, self.world = batches, order, bad_samples, world
+        self._begin = place
+        self.place: Place = (0, 0)
 
     def __len__(self) -> int:
         return len(self.order)
 
     def __iter__(self) -> Iterator[CaptionBatch]:
-        return self.of_epoch(self.epoch())
+        # Lightning makes an iterator to count batches, before it knows where a resumed training is.
+        yield from self.of_epoch(*self._begin())
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
         """The batches of an epoch from batch `first` on."""
         if isinstance(self.order, BatchOrder):
             self.order.epoch, self.order.first = epoch, first
         last = None
-        for batch, bad in self.batches:
+        for number, (batch, bad) in enumerate(self.batches, start=first):
+            self.place = (epoch, number + 1)
             for name, reason, detail in bad:
                 self.bad_samples.add(name, reason, detail)
             if bad:

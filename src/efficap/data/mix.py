@@ -106,13 +106,13 @@ class MixedDataModule(CaptionData):
             source.trainer = self.trainer
         loaders = {name: source.train_dataloader() for name, source in self.sources.items()}
 
-        def epoch() -> int:
-            return self.trainer.current_epoch if self.trainer else 0
-
         if self.epochs is not None:
-            return InTurnLoader(loaders, self.epochs, epoch)
-        assert self.weights is not None
-        return WeightedLoader(loaders, self.weights, self.steps_per_epoch, epoch)
+            loader: MixedLoader = InTurnLoader(loaders, self.epochs, self._next_place)
+        else:
+            assert self.weights is not None
+            loader = WeightedLoader(loaders, self.weights, self.steps_per_epoch, self._next_place)
+        self._training = loader
+        return loader
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
         self.evaluated.trainer = self.trainer

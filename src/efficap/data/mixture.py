@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping
 
 from efficap.batch import CaptionBatch
-from efficap.data.loader import CheckedLoader
+from efficap.data.loader import CheckedLoader, Place
 
 
 class MixedLoader(ABC):
@@ -15,39 +15,49 @@ class MixedLoader(ABC):
 
     Args:
         loaders: of the sets, by name.
-        epoch: the epoch that training is in.
+        place: the epoch of the mixture and its first batch that the next iteration begins with.
+
+    Attributes:
+        place: the epoch and the batch that come next.
     """
 
-    def __init__(self, loaders: Mapping[str, CheckedLoader], epoch: Callable[[], int]) -> None:
-        self.loaders, self.epoch = loaders, epoch
+    def __init__(self, loaders: Mapping[str, CheckedLoader], place: Callable[[], Place]) -> None:
+        self.loaders, self._begin = loaders, place
+        self.place: Place = (0, 0)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def of_epoch(self, epoch: int) -> Iterator[CaptionBatch]:
-        """The batches of an epoch of the mixture."""
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
+        """The batches of an epoch of the mixture from batch `first` on."""
 
     def __iter__(self) -> Iterator[CaptionBatch]:
-        return self.of_epoch(self.epoch())
+        epoch, first = self._begin()
+        for number, batch in enumerate(self.of_epoch(epoch, first), start=first):
+            self.place = (epoch, number + 1)
+            yield batch
 
 
 class InTurnLoader(MixedLoader):
     """One set after the other, each for `epochs` of its own."""
 
     def __init__(
-        self, loaders: Mapping[str, CheckedLoader], epochs: Mapping[str, int], epoch: Callable[[], int]
+        self, loaders: Mapping[str, CheckedLoader], epochs: Mapping[str, int], place: Callable[[], Place]
     ) -> None:
-        super().__init__(loaders, epoch)
+        super().__init__(loaders, place)
         self.epochs = epochs
 
     def __len__(self) -> int:
         return sum(epochs * len(self.loaders[name]) for name, epochs in self.epochs.items())
 
-    def of_epoch(self, epoch: int) -> Iterator[CaptionBatch]:
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
         for name, epochs in self.epochs.items():
             for own in range(epoch * epochs, (epoch + 1) * epochs):
-                yield from self.loaders[name].of_epoch(own)
+                batches = len(self.loaders[name])
+                if first < batches:
+                    yield from self.loaders[name].of_epoch(own, first)
+                first = max(0, first - batches)
 
 
 class WeightedLoader(MixedLoader):
@@ -58,9 +68,9 @@ class WeightedLoader(MixedLoader):
         loaders: Mapping[str, CheckedLoader],
         weights: Mapping[str, float],
         steps_per_epoch: int | None,
-        epoch: Callable[[], int],
+        place: Callable[[], Place],
     ) -> None:
-        super().__init__(loaders, epoch)
+        super().__init__(loaders, place)
         self.steps = steps_per_epoch or sum(map(len, loaders.values()))
         self.pattern = list(_spread(weights, self.steps))
         self.counts = Counter(self.pattern)
@@ -68,10 +78,14 @@ class WeightedLoader(MixedLoader):
     def __len__(self) -> int:
         return self.steps
 
-    def of_epoch(self, epoch: int) -> Iterator[CaptionBatch]:
-        streams = {name: _endless(self.loaders[name], epoch * count) for name, count in self.counts.items()}
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
+        done = Counter(self.pattern[:first])
+        streams = {
+            name: _endless(self.loaders[name], epoch * count + done[name])
+            for name, count in self.counts.items()
+        }
         try:
-            for name in self.pattern:
+            for name in self.pattern[first:]:
                 yield next(streams[name])
         finally:
             for stream in streams.values():

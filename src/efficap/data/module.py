@@ -15,7 +15,7 @@ from PIL import Image
 
 from efficap.batch import CaptionBatch
 from efficap.data.bad_samples import BadSamples
-from efficap.data.loader import Batches, CheckedLoader
+from efficap.data.loader import Batches, CheckedLoader, Place, Placed
 from efficap.data.order import BatchOrder, EvaluationOrder, Order
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
@@ -37,6 +37,22 @@ class CaptionData(pl.LightningDataModule, ABC):
     captions_per_image: int
     max_tokens: int
     batch_size: int
+    _resumed: Place | None = None  # where the first epoch after resuming goes on
+    _training: Placed | None = None  # the loader of the training
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in the data; Lightning keeps it in its checkpoints."""
+        return {"place": list(self._training.place) if self._training is not None else [0, 0]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        epoch, batch = state_dict["place"]
+        self._resumed = (epoch, batch)
+
+    def _next_place(self) -> Place:
+        """The epoch and the batch that the next iteration of the training begins with."""
+        place, self._resumed = self._resumed, None
+        epoch = self.trainer.current_epoch if self.trainer else 0
+        return place if place is not None and place[0] == epoch else (epoch, 0)
 
     @abstractmethod
     def training_captions(self) -> Iterable[str]:
@@ -237,10 +253,17 @@ class CaptionDataModule(CaptionData):
         return EvaluationOrder(size, batch_size=self.batch_size, rank=rank, world=world)
 
     def _checked_loader(self, batches: Batches, order: BatchOrder | EvaluationOrder) -> CheckedLoader:
-        def epoch() -> int:
-            return self.trainer.current_epoch if self.trainer else 0
-
-        return CheckedLoader(batches, order, self.bad_samples, world=self._ranks[1], epoch=epoch)
+        is_training = isinstance(order, BatchOrder)
+        loader = CheckedLoader(
+            batches,
+            order,
+            self.bad_samples,
+            world=self._ranks[1],
+            place=self._next_place if is_training else lambda: (0, 0),
+        )
+        if is_training:
+            self._training = loader
+        return loader
 
 
 def default_workers() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import itertools
 import json
 import math
@@ -61,6 +62,10 @@ class BestCheckpoint(ModelCheckpoint):
         self.run_dir = run_dir
         self._exported: Tensor | None = None
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self._exported = self.best_model_score  # model.safetensors has them already
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -79,7 +84,12 @@ class BestCheckpoint(ModelCheckpoint):
             self._export(pl_module.state_dict())
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        super().on_validation_end(trainer, pl_module)
+        before = copy.deepcopy(self.state_dict())
+        try:
+            super().on_validation_end(trainer, pl_module)
+        except OSError as error:
+            warnings.warn(f"the best weights could not be kept, training goes on: {error}", stacklevel=1)
+            self.load_state_dict(before)
         if self.best_model_score is self._exported or not trainer.is_global_zero:
             return
         checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True, mmap=True)
@@ -101,7 +111,15 @@ class RunMetrics(Callback):
         self.pairs: Tensor | None = None  # on the device: reading it at every step would wait for the step
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
+        self.finished = False
         self._resumed_at = 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"pairs": int(self.pairs or 0), "seconds": self.seconds, "history": self.history}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.pairs = torch.tensor(state_dict["pairs"])
+        self.seconds, self.history = state_dict["seconds"], list(state_dict["history"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._resumed_at = time.monotonic()
@@ -115,7 +133,7 @@ class RunMetrics(Callback):
         batch_idx: int,
     ) -> None:
         pairs = (batch.lengths > 0).sum()
-        self.pairs = pairs if self.pairs is None else self.pairs + pairs
+        self.pairs = pairs if self.pairs is None else self.pairs.to(pairs.device) + pairs
         if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
@@ -143,6 +161,7 @@ class RunMetrics(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._rate()
+            self.finished = True
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
@@ -153,6 +172,7 @@ class RunMetrics(Callback):
         parameters = list(trainer.lightning_module.parameters())
         data = trainer.datamodule  # type: ignore[attr-defined]
         metrics = {
+            "finished": self.finished,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "pairs": int(self.pairs or 0),

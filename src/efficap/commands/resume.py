@@ -1,0 +1,110 @@
+"""Going on with a training that was stopped: its settings, its checkpoint, and its log up to there."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from hydra.core.hydra_config import HydraConfig
+
+from efficap.commands.run_dir import RunDirectory
+from efficap.errors import InputError
+from efficap.training.callbacks import METRICS_FILE
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of
+
+# What the next step does not depend on, or what says when training ends.
+_MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "data.num_workers", "callbacks.")
+# What tells a training from itself when it is started again.
+_NOT_COMPARED = ("resume", "output_dir")
+
+
+def resumed_run(cfg: dict[str, Any]) -> RunDirectory | None:
+    """The run that ``resume`` asks to go on with; None: there is none yet, so that a new one begins.
+
+    Args:
+        cfg: the resolved values of conf/train.yaml.
+
+    Raises:
+        InputError: no such run, or nothing in it to go on from.
+    """
+    if cfg["resume"] is None:
+        return None
+    if cfg["resume"] != "auto":
+        run = RunDirectory(cfg["resume"], "resume")
+        checkpoint_of(run.path)
+        return run
+    for folder in sorted(Path(cfg["output_dir"]).absolute().parent.glob("*/config.yaml"), reverse=True):
+        run = RunDirectory(folder.parent, "resume")
+        is_same = _compared(run.config) == _compared(cfg)
+        if is_same and (is_finished(run) or _has_checkpoint(run)):
+            return run
+    return None
+
+
+def is_finished(run: RunDirectory) -> bool:
+    """Whether the training of a run came to its end."""
+    file = run.path / METRICS_FILE
+    return file.is_file() and bool(json.loads(file.read_text()).get("finished"))
+
+
+def _has_checkpoint(run: RunDirectory) -> bool:
+    return any((run.path / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+
+
+def _compared(config: dict[str, Any]) -> str:
+    settings = {key: value for key, value in config.items() if key not in _NOT_COMPARED}
+    return json.dumps(settings, sort_keys=True).replace(str(config["output_dir"]), "")  # loggers have it too
+
+
+def leave_no_trace(folder: Path) -> None:
+    """Take away the folder that Hydra made for a new run, where another one is gone on with."""
+    if folder.is_dir() and {child.name for child in folder.iterdir()} <= {".hydra"}:
+        shutil.rmtree(folder)
+
+
+def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
+    """The run's own settings, with those that the command line names and that may change.
+
+    Raises:
+        InputError: the command line names one that may not.
+    """
+    settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
+    for override in (
+        HydraConfig.get().overrides.task if HydraConfig.initialized() and cfg["resume"] != "auto" else []
+    ):
+        key = override.partition("=")[0].lstrip("+")
+        if not key.startswith(_MAY_CHANGE):
+            raise InputError(
+                f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
+                f"with init_from={cfg['resume']}"
+            )
+        group, _, rest = key.partition(".")
+        if rest:
+            settings[group] = _changed(settings[group], cfg[group], rest.split("."))
+        elif group != "resume":
+            settings[group] = cfg[group]
+    return settings
+
+
+def _changed(settings: Any, cfg: Any, path: list[str]) -> Any:
+    if not path:
+        return cfg
+    return {**settings, path[0]: _changed(settings.get(path[0]), cfg[path[0]], path[1:])}
+
+
+def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:
+    """The rows of a run's metrics.csv up to its checkpoint `file`; None where there is no log."""
+    log = run.path / "metrics.csv"
+    if not log.is_file():
+        return None
+    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    table, steps = pd.read_csv(log), checkpoint["global_step"]
+    kept = table["step"] < steps
+    if checkpoint["callbacks"]["ResumePoint"]["validation_due"]:  # it will be there again
+        scored = [column for column in table.columns if str(column).startswith("val/")]
+        kept &= ~((table["step"] == steps - 1) & table[scored].notna().any(axis=1))
+    return table[kept]

@@ -1,0 +1,208 @@
+"""Checkpoints to go on from: where training was, to the last bit, whenever it was stopped.
+
+What decides the next step is in a checkpoint or follows from the seed and the step: weights, their average, optimiser,
+schedule, counts and scores are in it; the order of the pictures and all chance in a step follow from seed and place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import threading
+import time
+import warnings
+import zipfile
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loops.evaluation_loop import RestartStage
+
+from efficap.errors import InputError
+
+LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Stopped(BaseException):
+    """A signal asked training to end, and it has.
+
+    Attributes:
+        exit_status: as a shell has it for a process that the signal ended.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.exit_status = 128 + number
+
+
+class ResumePoint(Callback):
+    """Writes ``checkpoints/last.ckpt`` now and then, before each validation, and when a signal asks training to end.
+
+    SIGTERM and Ctrl-C are heard between two steps, or two batches of a validation; a second one ends at once.
+
+    Args:
+        run_dir: the run directory.
+        seed: with epoch and batch, all chance in a step.
+        every_minutes, every_steps: how often; None: not by this.
+
+    Raises:
+        InputError: an interval that is not positive.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, seed: int, every_minutes: float | None, every_steps: int | None
+    ) -> None:
+        for name, value in (("every_minutes", every_minutes), ("every_steps", every_steps)):
+            if value is not None and not value > 0:
+                raise InputError(f"checkpoint.{name}={value} must be above 0; null: not by this")
+        self.folder, self.seed = run_dir / "checkpoints", seed
+        self.every_minutes, self.every_steps = every_minutes, every_steps
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+        self._saved_at, self._saved_step = 0.0, 0
+        self._is_written = False  # and not yet in its place
+        self._validation_due = False  # the checkpoint was written before a validation, which is still to come
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validation_due": self._validation_due}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._validation_due = bool(state_dict["validation_due"])
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+        self._listen()
+        if self._validation_due:  # Lightning would take it for done
+            validation = trainer.fit_loop.epoch_loop.val_loop
+            validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
+            validation.restarting = False
+            self._validation_due = False
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._publish()  # only now, when the step of the checkpoint has been logged
+        self._stop_if_asked()
+        name = f"{self.seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
+        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loop = trainer.fit_loop.epoch_loop
+        assert trainer.fit_loop._data_fetcher is not None
+        is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        # At an epoch's end Lightning cannot go on, and a validation that is about to begin has its own checkpoint.
+        possible = is_step and not trainer.is_last_batch
+        if (
+            possible
+            and self._is_due(trainer)
+            and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
+        ):
+            self._write(trainer)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return (
+            self._signal is not None
+            or (self.every_minutes is not None and minutes >= self.every_minutes)
+            or (self.every_steps is not None and trainer.global_step - self._saved_step >= self.every_steps)
+        )
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if is_training and trainer.global_step != trainer.max_steps:  # Lightning trains no more from there
+            self._validation_due = True
+            self._write(trainer)
+            self._validation_due = False
+            self._publish()
+
+    def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self._stop_if_asked()
+
+    def _write(self, trainer: pl.Trainer) -> None:
+        temporary = self.folder / f"{LAST}.tmp"
+        try:
+            trainer.save_checkpoint(temporary)
+            if trainer.is_global_zero:
+                _sync(temporary)
+                if reason := damage(temporary):
+                    raise OSError(f"what was written is {reason}")
+                self._is_written = True
+        except (OSError, RuntimeError) as error:  # a full disk is the one or the other, by who meets it
+            warnings.warn(
+                f"no checkpoint at step {trainer.global_step}, training goes on: {error}", stacklevel=1
+            )
+            temporary.unlink(missing_ok=True)
+        self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
+
+    def _publish(self) -> None:
+        """Let last.ckpt be the new one; the one before stays as previous.ckpt."""
+        if self._is_written:
+            if (self.folder / LAST).exists():
+                os.replace(self.folder / LAST, self.folder / PREVIOUS)
+            os.replace(self.folder / f"{LAST}.tmp", self.folder / LAST)
+            _sync(self.folder)
+            self._is_written = False
+
+    def _listen(self) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python lets no other hear signals
+        for number in _SIGNALS:
+            self._handlers[number] = signal.signal(number, self._hear)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        if self._signal is not None:
+            os._exit(128 + number)
+        self._signal = number
+
+    def _stop_if_asked(self) -> None:
+        if self._signal is not None:
+            raise Stopped(self._signal)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+
+def checkpoint_of(run_dir: Path) -> Path:
+    """The newest whole checkpoint of a run; a damaged one is passed over with a warning.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name in (LAST, PREVIOUS):
+        file = run_dir / "checkpoints" / name
+        if file.is_file():
+            reason = damage(file)
+            if not reason:
+                return file
+            warnings.warn(f"{file} is {reason}; going on from the one before", stacklevel=1)
+    raise InputError(
+        f"resume={run_dir} holds no whole checkpoint to go on from; "
+        f"init_from={run_dir} starts a new training from its weights"
+    )
+
+
+def damage(file: Path) -> str:
+    """What is wrong with a checkpoint; empty if nothing."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            damaged = archive.testzip()  # torch's format is a zip, with a checksum for each tensor
+    except (OSError, zipfile.BadZipFile) as error:
+        return f"no whole file ({error})"
+    return f"damaged at {damaged}" if damaged else ""
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

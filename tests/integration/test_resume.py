@@ -1,0 +1,352 @@
+"""A training that is stopped anywhere goes on as if nothing had happened, to the last bit of losses and weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pandas as pd
+import pytest
+import torch
+from conftest import compose, tiny_overrides, write_colour_table
+from safetensors.torch import load_file
+from test_scst import said
+
+from efficap.commands.train import train
+from efficap.data.shards.writer import ShardSettings, write_shards
+from efficap.data.table import read_table
+from efficap.errors import InputError
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of
+from efficap.training.module import CaptionModule
+from efficap.training.self_critical import SelfCriticalModule
+
+pytestmark = pytest.mark.slow
+CHANCE = [  # all that draws random numbers in a step
+    "model.decoder.dropout=0.1",
+    "model.bridge.dropout=0.1",
+    "model.encoder.drop_path_rate=0.1",
+    "training.token_dropout=0.1",
+    "training.ema_decay=0.9",
+    "data.crop_scale=[0.5,1.0]",
+    "data.captions_per_image=2",
+    "checkpoint.every_steps=2",
+    "data.batch_size=2",  # 4 steps an epoch
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_table(tmp_path_factory.mktemp("resume") / "colours")
+
+
+class KilledError(RuntimeError):
+    """Stands for a process that is gone at once."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, where: str, after: int, do: Callable[[], Any]) -> None:
+    """Let `do` happen as `where` begins for the time after `after` times."""
+    for module in (CaptionModule, SelfCriticalModule):
+        if where not in vars(module):
+            continue
+        real, calls = getattr(module, where), []
+
+        def hook(self: Any, *args: Any, _real: Any = real, _calls: list[int] = calls, **kwargs: Any) -> Any:
+            _calls.append(1)
+            if len(_calls) == after + 1:
+                do()
+            return _real(self, *args, **kwargs)
+
+        monkeypatch.setattr(module, where, hook)
+
+
+def kill() -> None:
+    raise KilledError
+
+
+def terminate() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def log_of(run: Path) -> pd.DataFrame:
+    """The logged values that do not depend on the clock, a row for each step."""
+    table = pd.read_csv(run / "metrics.csv").drop(columns="train/pairs_per_second")
+    return table.groupby("step").first().dropna(axis=1, how="all")
+
+
+def assert_equal_runs(run: Path, expected: Path) -> None:
+    ours, theirs = load_file(run / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+    pd.testing.assert_frame_equal(log_of(run), log_of(expected), check_exact=True, check_like=True)
+    metrics, wanted = (json.loads((path / "metrics.json").read_text()) for path in (run, expected))
+    for key in ("finished", "steps", "epochs", "pairs", "best", "last"):
+        assert metrics[key] == wanted[key], key
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    return train(compose("train", *tiny_overrides(folder, folder.parent / "whole"), *CHANCE))
+
+
+@pytest.mark.parametrize(
+    ("where", "after", "status"),
+    [
+        ("training_step", 1, None),  # before there is any checkpoint but the start
+        ("training_step", 3, None),
+        ("training_step", 7, 143),
+        ("training_step", 9, 143),
+        ("validation_step", 0, None),
+        ("validation_step", 1, 143),
+        ("on_validation_epoch_end", 2, None),
+    ],
+)
+def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
+    folder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: str,
+    after: int,
+    status: int | None,
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, where, after, terminate if status else kill)
+        with pytest.raises(SystemExit if status else KilledError) as stopped:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+        if status:
+            assert stopped.value.code == status
+    if not (run / "checkpoints" / LAST).is_file():
+        assert after == 1
+        return
+    again = train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
+    assert again == run
+    assert_equal_runs(run, undisturbed)
+
+
+def stop_and_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, *overrides: str
+) -> tuple[Path, Path]:
+    """A training killed in the step after `after` and gone on with, and the same one undisturbed."""
+    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *CHANCE, *overrides))
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", after, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE, *overrides))
+    return train(
+        compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={tmp_path / 'run'}")
+    ), whole
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.accumulate_grad_batches=2", "checkpoint.every_steps=1"],
+        ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3", "trainer.max_epochs=2"],
+        ["trainer.max_steps=9", "data.steps_per_epoch=5"],
+        ["model.encoder.frozen=true", "data.feature_cache=true", "data.feature_cache_dir={tmp}"],
+    ],
+)
+def test_whatever_makes_an_epoch_or_a_step(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str]
+) -> None:
+    changes = [override.replace("{tmp}", str(tmp_path / "maps")) for override in overrides]
+    assert_equal_runs(*stop_and_go_on(folder, tmp_path, monkeypatch, 6, *changes))
+
+
+def test_self_critical_training(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = [o for o in CHANCE if not o.startswith(("model", "training.token"))]
+    data = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(("model", "output_dir"))]
+    overrides = [*data, *changes, "training=scst", f"init_from={undisturbed}"]
+    whole = train(compose("train", *overrides, f"output_dir={tmp_path / 'whole'}"))
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 6, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *overrides, f"output_dir={tmp_path / 'run'}"))
+    assert_equal_runs(
+        train(compose("train", *overrides, f"resume={tmp_path / 'run'}", "output_dir=x")), whole
+    )
+
+
+@pytest.mark.parametrize("amounts", ["epochs={first: 1, second: 1}", "weights={first: 2, second: 1}"])
+def test_shards_and_tables_mixed(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amounts: str
+) -> None:
+    columns = {"image_column": "file_name", "caption_column": "caption", "split_column": "split"}
+    tables, _ = read_table(folder / "captions.csv", folder / "images", **columns)
+    write_shards(tables["train"], tmp_path / "shards", ShardSettings(3, None, 10**6), workers=1)
+    other = "epochs" if amounts.startswith("weights") else "weights"
+    mixture = [
+        "data=mix",
+        f"data.{amounts}",
+        f"data.{other}=null",
+        f"data.sources.first.shards={tmp_path / 'shards'}",
+        f"data.sources.second.table={folder}/captions.csv",
+        f"data.sources.second.image_dir={folder}/images",
+        *(
+            f"data.sources.{name}.{setting}"
+            for name in ("first", "second")
+            for setting in ("batch_size=2", "num_workers=1", "max_tokens=12", "captions_per_image=2")
+        ),
+    ]
+    overrides = [
+        o for o in (*tiny_overrides(folder, tmp_path), *CHANCE) if not o.startswith(("data", "output_dir"))
+    ]
+    overrides += [*mixture, "trainer.max_epochs=2"]
+    whole = train(compose("train", *overrides, f"output_dir={tmp_path / 'whole'}"))
+    for after in (3, 11):  # in the first set or the pattern's middle, and in the second epoch
+        run = tmp_path / f"run_{after}"
+        with monkeypatch.context() as patch:
+            die_at(patch, "training_step", after, kill)
+            with pytest.raises(KilledError):
+                train(compose("train", *overrides, f"output_dir={run}"))
+        assert_equal_runs(train(compose("train", *overrides, f"resume={run}", "output_dir=x")), whole)
+
+
+def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 7, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, *overrides))
+    return run
+
+
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    file = run / "checkpoints" / LAST
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.warns(UserWarning, match=r"last.ckpt is no whole file .*; going on from the one before"):
+        assert checkpoint_of(run).name == PREVIOUS
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
+    with pytest.warns(UserWarning, match=r"last.ckpt is damaged at .*; going on from the one before"):
+        train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert_equal_runs(run, undisturbed)
+    for name in (LAST, PREVIOUS):
+        (run / "checkpoints" / name).write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="no whole file"),
+        pytest.raises(InputError, match=r"holds no whole checkpoint to go on from; init_from=\S+ starts"),
+    ):
+        checkpoint_of(run)
+
+
+def test_a_disk_that_is_full_for_a_while_does_not_end_training(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = pl.Trainer.save_checkpoint, []
+
+    def full_at_first(self: pl.Trainer, path: Path, *args: Any, **kwargs: Any) -> None:
+        calls.append(1)
+        if len(calls) in (2, 3, 4):  # last.ckpt, and best.ckpt after the first validation
+            Path(path).write_bytes(b"half of it")
+            raise OSError(28, "No space left on device")
+        real(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", full_at_first)
+    with pytest.warns(
+        UserWarning, match="no checkpoint at step .*, training goes on: .*No space left on device"
+    ):
+        run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+    assert_equal_runs(run, undisturbed)
+    assert checkpoint_of(run).name == LAST
+    assert not list((run / "checkpoints").glob("*.tmp"))
+
+
+def test_the_same_command_again_goes_on_by_itself(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    stopped_run(folder, tmp_path / "first", monkeypatch, "resume=auto")
+    command = [*CHANCE, "resume=auto"]
+    (tmp_path / "second" / ".hydra").mkdir(parents=True)
+    assert (
+        train(compose("train", *tiny_overrides(folder, tmp_path / "second"), *command)) == tmp_path / "first"
+    )
+    assert not (tmp_path / "second").exists()
+    assert_equal_runs(tmp_path / "first", undisturbed)
+    capsys.readouterr()
+    assert (
+        train(compose("train", *tiny_overrides(folder, tmp_path / "third"), *command)) == tmp_path / "first"
+    )
+    assert "finished already" in capsys.readouterr().out
+    other = train(compose("train", *tiny_overrides(folder, tmp_path / "fourth"), *command, "seed=1"))
+    assert other == tmp_path / "fourth", "another seed is another training"
+
+
+def test_a_run_goes_on_with_its_own_settings(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    said(monkeypatch, f"resume={run}", "optimizer.lr.encoder=1")
+    with pytest.raises(
+        InputError, match=r"optimizer.lr.encoder=1: resume=\S+ goes on with that run's own settings"
+    ):
+        train(compose("train", "name=x", "output_dir=x", f"resume={run}", "optimizer.lr.encoder=1"))
+    said(monkeypatch, f"resume={run}", "trainer.max_epochs=5")
+    train(compose("train", "name=x", "output_dir=x", f"resume={run}", "trainer.max_epochs=5"))
+    assert json.loads((run / "metrics.json").read_text())["epochs"] == 5
+    with pytest.raises(InputError, match=r"resume=nowhere does not exist"):
+        train(compose("train", "name=x", "output_dir=x", "resume=nowhere"))
+
+
+@pytest.mark.parametrize(("setting", "value"), [("every_minutes", "0"), ("every_steps", "-1")])
+def test_an_interval_that_is_none_is_refused(folder: Path, tmp_path: Path, setting: str, value: str) -> None:
+    with pytest.raises(InputError, match=rf"checkpoint.{setting}={value} must be above 0"):
+        train(compose("train", *tiny_overrides(folder, tmp_path / "run"), f"checkpoint.{setting}={value}"))
+
+
+def test_processes_that_are_killed_or_asked_to_end(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
+    """The real thing: kill -9, then Ctrl-C, then to the end."""
+    run = tmp_path / "run"
+    command = [
+        sys.executable,
+        "train.py",
+        *tiny_overrides(folder, run),
+        *CHANCE,
+        f"hydra.run.dir={tmp_path / 'h'}",
+    ]
+
+    def started(arguments: list[str]) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            arguments,
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def wait_for_checkpoint(process: subprocess.Popen[str], newer_than: float) -> None:
+        file = run / "checkpoints" / LAST
+        while process.poll() is None and not (file.is_file() and file.stat().st_mtime > newer_than):
+            time.sleep(0.002)
+
+    first = started(command)
+    wait_for_checkpoint(first, 0)
+    first.kill()
+    first.communicate()
+    before = (run / "checkpoints" / LAST).stat().st_mtime
+    again = [sys.executable, "train.py", f"resume={run}", f"hydra.run.dir={tmp_path / 'h2'}"]
+    second = started(again)
+    wait_for_checkpoint(second, before)
+    second.send_signal(signal.SIGINT)
+    _, errors = second.communicate(timeout=120)
+    if second.returncode != 0:  # it may have been at its end
+        assert second.returncode == 130
+        assert f"stopped by SIGINT; python train.py resume={run} goes on" in errors
+        assert "Traceback" not in errors
+        assert started(again).wait(timeout=120) == 0
+    assert_equal_runs(run, undisturbed)
