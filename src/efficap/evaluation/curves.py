@@ -33,8 +33,10 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
     """
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    table = _read(metrics_csv)
-    series = {name: _series(table, name) for name in (*TRAIN_LOSSES, "val/loss", "val/CIDEr", "val/BLEU-4")}
+    table = read_metrics(metrics_csv)
+    series = {
+        name: logged_values(table, name) for name in (*TRAIN_LOSSES, "val/loss", "val/CIDEr", "val/BLEU-4")
+    }
     train = next((series[name] for name in TRAIN_LOSSES if len(series[name])), series[TRAIN_LOSSES[0]])
     has_losses = len(train) + len(series["val/loss"]) > 0
     has_scores = len(series["val/CIDEr"]) + len(series["val/BLEU-4"]) > 0
@@ -53,7 +55,12 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
         figure.savefig(file, format="png")
 
 
-def _read(metrics_csv: Path) -> pd.DataFrame:
+def read_metrics(metrics_csv: Path) -> pd.DataFrame:
+    """The table of all logged values.
+
+    Raises:
+        InputError: it cannot be read, or has no column ``step``.
+    """
     import pandas as pd
 
     try:
@@ -67,7 +74,7 @@ def _read(metrics_csv: Path) -> pd.DataFrame:
     return table
 
 
-def _series(table: pd.DataFrame, name: str) -> pd.Series[float]:
+def logged_values(table: pd.DataFrame, name: str) -> pd.Series[float]:
     """The values of one column by step; of a step that a resumed run repeats, the last."""
     import pandas as pd
 
@@ -87,7 +94,7 @@ def _losses(panel: Axes, train: pd.Series[float], val: pd.Series[float]) -> None
         panel.plot(val.index, val, color=VAL, marker="o", markersize=4, label="validation")
     panel.set_ylabel("loss")
     panel.legend(frameon=False)
-    _tidy(panel)
+    tidy(panel)
 
 
 def _scores(panel: Axes, cider: pd.Series[float], bleu: pd.Series[float]) -> None:
@@ -100,11 +107,12 @@ def _scores(panel: Axes, cider: pd.Series[float], bleu: pd.Series[float]) -> Non
         side.set_ylabel(name, color=colour)
         side.tick_params(axis="y", colors=colour)
         side.set_ylim(bottom=0)
-        _tidy(side, right=index > 0)
+        tidy(side, right=index > 0)
     panel.legend(handles=lines, frameon=False, loc="lower right")
 
 
-def _tidy(panel: Axes, *, right: bool = False) -> None:
+def tidy(panel: Axes, *, right: bool = False) -> None:
+    """No frame but the axes, and a faint grid; `right` for an axis on that side."""
     panel.spines["top"].set_visible(False)
     panel.spines["right"].set_visible(right)
     if not right:

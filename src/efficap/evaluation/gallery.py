@@ -53,8 +53,7 @@ def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subti
     """
     count = 0
     with replacing(path) as file:
-        head = _HEAD.replace("@TITLE@", escape(title))
-        file.write(head.encode(errors="replace"))
+        file.write(page_head(title).encode(errors="replace"))
         file.write(
             f"<header><h1>{escape(title)}</h1><p>{escape(subtitle)}</p></header>\n<main>\n".encode(
                 "utf-8", "replace"
@@ -68,26 +67,33 @@ def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subti
 
 
 def _figure(item: GalleryItem) -> str:
-    try:
-        thumbnail = load_picture(item.image, THUMBNAIL)
-    except UNREADABLE as error:
-        picture = f'<p class="broken">cannot be read: {escape(str(error))}</p>'
-    else:
-        data = io.BytesIO()
-        thumbnail.save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
-        source = base64.b64encode(data.getvalue()).decode()
-        width, height = thumbnail.size
-        picture = (
-            f'<img alt="{escape(item.caption)}" width="{width}" height="{height}"'
-            f' src="data:image/jpeg;base64,{source}">'
-        )
     references = "".join(f'<li dir="auto">{escape(text)}</li>' for text in item.references)
     return (
-        f'<figure><div class="picture">{picture}</div><figcaption><p class="caption" dir="auto">'
-        f"{escape(item.caption)}</p>"
+        f'<figure><div class="picture">{picture_tag(item.image, item.caption)}</div>'
+        f'<figcaption><p class="caption" dir="auto">{escape(item.caption)}</p>'
         + (f"<ul>{references}</ul>" if references else "")
         + (f'<p class="note">{escape(item.note)}</p>' if item.note else "")
         + "</figcaption></figure>\n"
+    )
+
+
+def page_head(title: str) -> str:
+    """The start of a page that may load nothing but the pictures inside it, up to and with ``<body>``."""
+    return _HEAD.replace("@TITLE@", escape(title))
+
+
+def picture_tag(image: Path | Image.Image, alt: str) -> str:
+    """A thumbnail with its pixels inside the page, or a note where the picture cannot be read."""
+    try:
+        thumbnail = load_picture(image, THUMBNAIL)
+    except UNREADABLE as error:
+        return f'<p class="broken">cannot be read: {escape(str(error))}</p>'
+    data = io.BytesIO()
+    thumbnail.save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
+    source = base64.b64encode(data.getvalue()).decode()
+    width, height = thumbnail.size
+    return (
+        f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/jpeg;base64,{source}">'
     )
 
 
@@ -114,7 +120,6 @@ def _upright(image: Image.Image, side: int) -> Image.Image:
     return picture
 
 
-# The policy lets the page load nothing but the pictures inside it.
 _HEAD = """<!doctype html>
 <html lang="en">
 <head>

@@ -1,0 +1,111 @@
+"""Runs that differ in nothing but the seed are one model, under a name that says how it differs from the others."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from efficap.evaluation.compare.runs import Run
+
+# What changes no score by intention, wherever it stands in the configuration.
+_UNSEEN = {
+    "callbacks",
+    "checkpoint",
+    "enable_progress_bar",
+    "log_every_n_steps",
+    "logger",
+    "num_threads",
+    "num_workers",
+    "output_dir",
+    "resume",
+    "seed",
+}
+_NAMED = 3  # settings that a name gives
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one model, which differ by their seeds.
+
+    Attributes:
+        name: of all models in a comparison, this one's alone.
+        model: its part that says the model.
+        data: what it was trained on.
+        runs: by seed.
+    """
+
+    name: str
+    model: str
+    data: str
+    runs: list[Run]
+
+    @property
+    def parameters(self) -> int | None:
+        return next((run.metrics["parameters"] for run in self.runs if run.metrics.get("parameters")), None)
+
+    def evaluated(self, split: str) -> list[Run]:
+        return [run for run in self.runs if split in run.evaluations]
+
+
+def group_runs(runs: Sequence[Run]) -> list[Group]:
+    """Runs whose configurations are equal but for the seed, and but for where and how they log.
+
+    A group is named by the setting ``name`` of its runs, which without another choice is ``<model>-<data>``. Where
+    several groups have that name, as in a sweep over a learning rate, it is followed by the settings in which they
+    differ, the last two parts of their keys, at most three of them, and by a number should that not tell them apart.
+    """
+    members: dict[frozenset[tuple[str, str]], list[Run]] = {}
+    for run in runs:
+        members.setdefault(frozenset(_settings(run.config).items()), []).append(run)
+    names = [f"{run.config['name']}" for run, *_ in members.values()]
+    suffixes = []
+    for settings, name in zip(members, names, strict=True):
+        namesakes = [dict(other) for other, theirs in zip(members, names, strict=True) if theirs == name]
+        suffixes.append(_differences(dict(settings), namesakes))
+    taken: Counter[str] = Counter()
+    groups = []
+    for own, name, suffix in zip(members.values(), names, suffixes, strict=True):
+        taken[name + suffix] += 1
+        if (number := taken[name + suffix]) > 1:
+            suffix += f" ({number})"
+        choice, shown = _data(own[0].config["data"])
+        model = name.removesuffix(f"-{choice}") + suffix
+        seeded = sorted(own, key=lambda run: (run.seed is None, run.seed, run.path))
+        groups.append(Group(name + suffix, model, shown, seeded))
+    return groups
+
+
+def _settings(config: dict[str, Any], above: str = "") -> dict[str, str]:
+    """Dotted key -> value as text, for all that counts."""
+    settings: dict[str, str] = {}
+    for key, value in config.items():
+        if key in _UNSEEN:
+            continue
+        if isinstance(value, dict):
+            settings |= _settings(value, f"{above}{key}.")
+        else:
+            settings[f"{above}{key}"] = str(value)
+    return settings
+
+
+def _differences(settings: dict[str, str], namesakes: Sequence[dict[str, str]]) -> str:
+    keys = dict.fromkeys(key for other in namesakes for key in other)
+    differing = [key for key in keys if len({other.get(key) for other in namesakes}) > 1]
+    shown = [(".".join(key.split(".")[-2:]), settings[key]) for key in sorted(differing) if key in settings]
+    parts = list(dict.fromkeys(f"{key}={value}" for key, value in shown))
+    return "".join(f" {part}" for part in parts[:_NAMED]) + (" …" if len(parts) > _NAMED else "")
+
+
+def _data(settings: dict[str, Any]) -> tuple[str, str]:
+    """The choice of a data set, as ``csv``, and words for it, as ``flickr8k/captions.csv``."""
+    parts = str(settings.get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
+    choice = parts[2] if len(parts) > 3 else "?"
+    if "sources" in settings:
+        return choice, " + ".join(_data(source)[1] for source in settings["sources"].values())
+    place = settings.get("shards") or settings.get("table")
+    if choice == "demo" or not isinstance(place, str):
+        return choice, choice
+    return choice, "/".join(PurePath(place).parts[-2:])

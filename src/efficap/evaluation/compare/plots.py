@@ -1,0 +1,167 @@
+"""Learning curves of all models over pairs and time, and scores against what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from efficap.evaluation.compare.groups import Group
+from efficap.evaluation.compare.runs import Run
+from efficap.evaluation.compare.standings import Standings
+from efficap.evaluation.curves import logged_values, read_metrics, tidy
+from efficap.evaluation.results import replacing
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = ("#4878a8", "#d9742b", "#3a8f5c", "#8a5aa8", "#c44e52", "#8c613c", "#d586b8", "#797979", "#b0a030")
+LINES = ("-", "--", ":", "-.")  # for models beyond the colours
+MARKERS = "osD^vP*X"
+IN_LEGEND = 20  # models; more would fill the picture
+
+Floats = NDArray[np.float64]
+# What a model costs: the axis' label, the figure of a run, whether the axis is logarithmic.
+COSTS: tuple[tuple[str, Callable[[Run], float | None], bool], ...] = (
+    ("parameters", lambda run: run.metrics.get("parameters"), True),
+    ("image-caption pairs trained on", lambda run: run.metrics.get("pairs"), False),
+    ("training time, minutes", lambda run: _minutes(run), False),
+)
+
+
+def plot_learning(groups: Sequence[Group], png: Path) -> bool:
+    """Draw val/CIDEr and val/loss of each run over pairs seen and over the time of training without validations.
+
+    Runs of a model share its colour. A run without metrics.csv, or that never validated, is left out.
+
+    Returns:
+        Whether there was anything to draw.
+
+    Raises:
+        InputError: a metrics.csv is damaged.
+    """
+    curves = [
+        (number, group, read_metrics(run.path / "metrics.csv"), run)
+        for number, group in enumerate(groups)
+        for run in group.runs
+        if (run.path / "metrics.csv").is_file() and run.metrics.get("steps")
+    ]
+    names = [n for n in ("val/CIDEr", "val/loss") if any(len(logged_values(t, n)) for _, _, t, _ in curves)]
+    if not names:
+        return False
+    figure, axes = _figure(len(names), 2)
+    labelled: set[int] = set()
+    for number, group, table, run in curves:
+        for row, name in enumerate(names):
+            values = logged_values(table, name)
+            scale = 100 if name == "val/CIDEr" else 1
+            for panel, spent in zip(
+                axes[row], spent_at(table, run, values.index.to_numpy(dtype=float)), strict=True
+            ):
+                label = None if number in labelled else group.name
+                labelled.add(number)
+                panel.plot(
+                    spent, scale * values.to_numpy(), label=label, **_style(number), marker="o", markersize=3
+                )
+    for row, name in enumerate(names):
+        axes[row][0].set_ylabel("validation CIDEr × 100" if name == "val/CIDEr" else "validation loss")  # noqa: RUF001
+    axes[-1][0].set_xlabel("image-caption pairs seen")
+    axes[-1][1].set_xlabel("training time, minutes")
+    _finish(figure, axes, png, len(groups))
+    return True
+
+
+def spent_at(table: pd.DataFrame, run: Run, steps: Floats) -> tuple[Floats, Floats]:
+    """Pairs seen and minutes trained at `steps`, between what was logged on a straight line."""
+    rate = logged_values(table, "train/pairs_per_second")  # mean since the start, so that time = pairs / rate
+    pairs = logged_values(table, "train/pairs").reindex(rate.index)
+    last_step, last_pairs = run.metrics["steps"], run.metrics.get("pairs", 0)
+    each = last_pairs / last_step
+    seen = pairs.fillna(rate.index.to_series() * each).to_numpy(dtype=float)  # older runs did not log pairs
+    at = np.array([0.0, *rate.index, last_step])
+    minutes = np.array([0.0, *(seen / rate.to_numpy() / 60), _minutes(run) or 0.0])
+    return np.interp(steps, at, np.array([0.0, *seen, last_pairs])), np.interp(steps, at, minutes)
+
+
+def plot_costs(standings: Sequence[Standings], png: Path) -> bool:
+    """Draw CIDEr of each split against parameters, pairs and time: a point a model, bars of ± sd over its seeds.
+
+    Returns:
+        Whether there was anything to draw.
+    """
+    shown = [split for split in standings if any("CIDEr" in scores for scores in split.scores.values())]
+    if not shown:
+        return False
+    numbers = {name: n for n, name in enumerate(dict.fromkeys(g.name for s in shown for g in s.groups))}
+    figure, axes = _figure(len(shown), len(COSTS))
+    for panels, split in zip(axes, shown, strict=True):
+        for panel, (label, cost, logarithmic) in zip(panels, COSTS, strict=True):
+            for group in split.groups:
+                _point(panel, group, split, cost, numbers[group.name])
+            if logarithmic:
+                panel.set_xscale("log")
+            panel.set_xlabel(label)
+        panels[0].set_ylabel(f"{split.split}: CIDEr × 100")  # noqa: RUF001
+    _finish(figure, axes, png, len(numbers))
+    return True
+
+
+def _point(
+    panel: Axes, group: Group, split: Standings, cost: Callable[[Run], float | None], number: int
+) -> None:
+    costs = [value for run in group.evaluated(split.split) if (value := cost(run))]
+    score = split.scores[group.name].get("CIDEr")
+    if not costs or score is None:
+        return
+    panel.errorbar(
+        [statistics.fmean(costs)],
+        [100 * score.mean],
+        None if score.sd is None else [100 * score.sd],
+        label=group.name,
+        linestyle="none",
+        capsize=3,
+        color=COLOURS[number % len(COLOURS)],
+        marker=MARKERS[number // len(COLOURS) % len(MARKERS)],
+    )
+
+
+def _minutes(run: Run) -> float | None:
+    seconds = run.metrics.get("training_seconds")
+    if seconds is None and run.metrics.get("pairs_per_second"):  # of runs that did not keep it
+        seconds = run.metrics["pairs"] / run.metrics["pairs_per_second"]
+    return None if seconds is None else seconds / 60
+
+
+def _style(number: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[number % len(COLOURS)],
+        "linestyle": LINES[number // len(COLOURS) % len(LINES)],
+    }
+
+
+def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
+    from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.4), dpi=150, layout="constrained")
+    return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
+
+
+def _finish(figure: Figure, axes: list[list[Axes]], png: Path, models: int) -> None:
+    for panel in itertools.chain.from_iterable(axes):
+        tidy(panel)
+    handles: dict[str, Any] = {}
+    for panel in itertools.chain.from_iterable(axes):
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles and models <= IN_LEGEND:
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", frameon=False,
+                      ncols=1 if max(map(len, handles)) > 60 else 2)  # fmt: skip
+    with replacing(png) as file:
+        figure.savefig(file, format="png")
