@@ -109,6 +109,32 @@ def test_results_have_cocos_numbers_and_scores_those_of_domains(coco: Path, runs
         evaluate(compose("eval", f"run={runs[0]}", "split=val2014", *overrides))
 
 
+@pytest.mark.parametrize(("split", "count"), [("test", 3), ("val", 2)])
+def test_karpathys_splits_are_read_with_cocos_numbers(
+    split: str, count: int, coco: Path, runs: list[Path]
+) -> None:
+    content = json.loads((coco / "captions_val2014.json").read_text())
+    images = [
+        {
+            "filename": image["file_name"],
+            "filepath": "val2014",
+            "cocoid": image["id"],
+            "imgid": number,
+            "split": "test" if number < 3 else "val",
+            "sentences": [
+                {"raw": a["caption"]} for a in content["annotations"] if a["image_id"] == image["id"]
+            ],
+        }
+        for number, image in enumerate(content["images"])
+    ]
+    (coco / "dataset_coco.json").write_text(json.dumps({"images": images, "dataset": "coco"}))
+    overrides = [*on(coco), "metrics=[CIDEr]", f"+data.table={coco}/dataset_coco.json"][1:]
+    scores = evaluate(compose("eval", f"run={runs[1]}", f"split={split}", *overrides))
+    rows = json.loads((runs[1] / "eval" / split / "results.json").read_text())
+    assert [row["image_id"] for row in rows] == [i["cocoid"] for i in images if i["split"] == split]
+    assert scores["images"] == len(rows) == count
+
+
 def test_pictures_without_captions_are_captioned_and_not_scored(coco: Path, runs: list[Path]) -> None:
     table = "{test2014: image_info_test2014.json}"
     (coco / "images/test2014").unlink(missing_ok=True)
