@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -300,6 +301,22 @@ def test_a_run_goes_on_with_its_own_settings(
     assert json.loads((run / "metrics.json").read_text())["epochs"] == 5
     with pytest.raises(InputError, match=r"resume=nowhere does not exist"):
         train(compose("train", "name=x", "output_dir=x", "resume=nowhere"))
+
+
+def test_wandb_goes_on_with_its_run_and_says_how_to_send_it(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = stopped_run(folder, tmp_path / "run", monkeypatch, "logger=wandb")
+    before = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    after = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
+    assert len(before) == 1
+    assert len(after) == 2, "offline, each process writes a file of its own"
+    assert {file.name for file in after} == {file.name for file in before}, "of the same run"
+    assert re.search(rf"wandb sync {run}/wandb/offline-run-", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(("setting", "value"), [("every_minutes", "0"), ("every_steps", "-1")])

@@ -9,8 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
+
+_WANDB_ID = "wandb_id"
 
 
 def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) -> list[Logger]:
@@ -21,13 +25,26 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     """
     loggers: list[Logger] = [_metrics_csv(run_dir, log)]
     if cfg["logger"]:
-        settings = dict(cfg["logger"])
-        if settings["_target_"].endswith("WandbLogger") and settings.get("mode") is None:
-            settings["mode"] = _wandb_mode()
-        logger = instantiate(settings)
+        is_wandb = cfg["logger"]["_target_"].endswith("WandbLogger")
+        logger = instantiate(_wandb_settings(cfg["logger"], run_dir) if is_wandb else cfg["logger"])
         logger.log_hyperparams(cfg)
+        if is_wandb and logger.experiment.id:
+            (run_dir / _WANDB_ID).write_text(logger.experiment.id)
         loggers.append(logger)
     return loggers
+
+
+def _wandb_settings(settings: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """Those of the configuration, the mode found, tagged by the choices that were made and grouped by sweep."""
+    found: dict[str, Any] = {"mode": settings["mode"] or _wandb_mode()}
+    if (run_dir / _WANDB_ID).is_file():  # gone on with: W&B goes on with its run too
+        found |= {"id": (run_dir / _WANDB_ID).read_text(), "resume": "allow"}
+    if HydraConfig.initialized():
+        hydra = HydraConfig.get()
+        found["tags"] = [str(hydra.runtime.choices[group]) for group in ("model", "data")]
+        if hydra.mode == RunMode.MULTIRUN:
+            found["group"] = Path(hydra.sweep.dir).name
+    return {**settings, **found}
 
 
 def _wandb_mode() -> str | None:
@@ -46,8 +63,12 @@ def _wandb_mode() -> str | None:
 def finish_wandb(exit_code: int) -> None:
     """End the W&B run, if there is one, or a sweep's next job would write into it."""
     wandb = sys.modules.get("wandb")
-    if wandb is not None and wandb.run is not None:
-        wandb.finish(exit_code=exit_code)
+    if wandb is None or wandb.run is None:
+        return
+    kept = Path(wandb.run.settings.sync_dir) if wandb.run.settings._offline else None
+    wandb.finish(exit_code=exit_code)
+    if kept is not None and kept.is_dir():
+        print(f"W&B's run is on this disk; once you are logged in: wandb sync {kept}")
 
 
 def _metrics_csv(run_dir: Path, log: pd.DataFrame | None) -> CSVLogger:

@@ -163,6 +163,7 @@ def _leave_out_lightnings_chatter() -> None:
     warnings.filterwarnings(
         "ignore", message=".*LeafSpec.* is deprecated"
     )  # Lightning's own, under torch 2.15
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the data module counts
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
