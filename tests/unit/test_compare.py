@@ -471,6 +471,24 @@ def test_the_command_runs_as_a_module(sweep: Path) -> None:
     assert "0_small" in done.stdout
 
 
+def test_a_comparison_is_a_run_of_wandb_without_a_login(
+    sweep: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    status, out, _ = run_main(capsys, sweep, "--resamples", 100, "--pictures", 2, "--wandb", "captions")
+    assert status == 0
+    assert "wandb sync" in out
+    [kept] = (sweep / "comparison/wandb").glob("offline-run-*/*.wandb")
+    record = kept.read_bytes()
+    assert b"test/CIDEr/small-csv decoder.n_embd=32" in record
+    media = [file.suffix for file in kept.parent.rglob("media/**/*") if file.is_file()]
+    assert sorted(media) == [".html", ".json", ".json", ".json", ".json", ".png", ".png"]
+    (kept.parent / "files/config.yaml").touch()  # W&B's, of an online run
+    assert len(find_runs([sweep])) == 5
+
+
 # --- jobs of a sweep ---
 
 

@@ -32,6 +32,10 @@ def _compare(options: argparse.Namespace) -> int:
     out = (options.out or _default_out(options.folders)).resolve()
     write_comparison(comparison, out, between=options.between, pictures=options.pictures)
     print_comparison(comparison, out)
+    if options.wandb:
+        from efficap.evaluation.compare.wandb_run import log_comparison
+
+        print(f"W&B: {log_comparison(comparison, out, options.wandb)}")
     return 0
 
 
@@ -79,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--pictures", type=int, default=24, metavar="N", help="shown of each split (default: 24)")
     add("--resamples", type=int, default=10_000, metavar="N", help="of the bootstrap (default: 10000)")
     add("--seed", type=int, default=0, metavar="N", help="of the bootstrap (default: 0)")
+    add(
+        "--wandb",
+        metavar="PROJECT",
+        help="log the comparison as a run of its own in this project of Weights & Biases, offline where you are not "
+        "logged in",
+    )
     add(
         "--status",
         action="store_true",

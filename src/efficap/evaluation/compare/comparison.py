@@ -16,10 +16,18 @@ from efficap.evaluation.compare.page import write_page
 from efficap.evaluation.compare.plots import plot_costs, plot_learning
 from efficap.evaluation.compare.runs import Run, check_same_pictures, find_runs, read_run
 from efficap.evaluation.compare.standings import Standings, stand
-from efficap.evaluation.compare.table import explanation, markdown, pairs_cells, scores_cells, screen_table
+from efficap.evaluation.compare.table import (
+    Cells,
+    explanation,
+    markdown,
+    pairs_cells,
+    scores_cells,
+    screen_table,
+)
 from efficap.evaluation.results import replacing
 
 TITLE = "Comparison of runs"
+PAGE = "index.html"
 LEARNING, COSTS = "learning.png", "cost.png"
 WIDTH = 120  # columns of what is printed into a file or a pipe, at least
 HEADINGS = {LEARNING: "Learning curves", COSTS: "Scores and what they cost"}
@@ -40,6 +48,11 @@ class Comparison:
     unscored: list[Run]
     standings: list[Standings]
     resamples: int
+
+    def tables(self) -> list[Cells]:
+        """The scores of each split, then the differences of each."""
+        scores = [scores_cells(split) for split in self.standings]
+        return scores + [pairs_cells(split) for split in self.standings if split.pairs]
 
     def remarks(self) -> list[str]:
         """Sentences that belong to the tables."""
@@ -128,17 +141,16 @@ def write_comparison(
             plots.append((HEADINGS[name], out / name))
         else:
             (out / name).unlink(missing_ok=True)  # of an earlier comparison
-    tables = [scores_cells(split) for split in comparison.standings]
-    pairs = [pairs_cells(split) for split in comparison.standings if split.pairs]
+    tables = comparison.tables()
     with replacing(out / "comparison.md") as file:
-        parts = [f"# {TITLE}\n", *map(markdown, [*tables, *pairs])]
+        parts = [f"# {TITLE}\n", *map(markdown, tables)]
         parts.append("".join(f"- {remark}\n" for remark in comparison.remarks()))
         parts += [f"![{heading}]({png.name})\n" for heading, png in plots]
         file.write("\n".join(parts).encode("utf-8", "replace"))
     write_page(
-        out / "index.html",
+        out / PAGE,
         title=TITLE,
-        tables=[*tables, *pairs],
+        tables=tables,
         remarks=comparison.remarks(),
         plots=plots,
         differing=differing,
@@ -156,5 +168,5 @@ def print_comparison(comparison: Comparison, out: Path) -> None:
         console.print(remark, soft_wrap=True, highlight=False, markup=False)
     shown = out.relative_to(Path.cwd()) if out.is_relative_to(Path.cwd()) else out
     console.print(
-        f"tables, plots and pictures: {shown / 'index.html'}", soft_wrap=True, highlight=False, markup=False
+        f"tables, plots and pictures: {shown / PAGE}", soft_wrap=True, highlight=False, markup=False
     )

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 COLOURS = ("#4878a8", "#d9742b", "#3a8f5c", "#8a5aa8", "#c44e52", "#8c613c", "#d586b8", "#797979", "#b0a030")
 LINES = ("-", "--", ":", "-.")  # for models beyond the colours
 MARKERS = "osD^vP*X"
+MINUTES = "training time, minutes"
 IN_LEGEND = 20  # models; more would fill the picture
 
 Floats = NDArray[np.float64]
@@ -32,7 +33,7 @@ Floats = NDArray[np.float64]
 COSTS: tuple[tuple[str, Callable[[Run], float | None], bool], ...] = (
     ("parameters", lambda run: run.metrics.get("parameters"), True),
     ("image-caption pairs trained on", lambda run: run.metrics.get("pairs"), False),
-    ("training time, minutes", lambda run: _minutes(run), False),
+    (MINUTES, lambda run: _minutes(run), False),
 )
 
 
@@ -72,8 +73,8 @@ def plot_learning(groups: Sequence[Group], png: Path) -> bool:
                 )
     for row, name in enumerate(names):
         axes[row][0].set_ylabel("validation CIDEr × 100" if name == "val/CIDEr" else "validation loss")  # noqa: RUF001
-    axes[-1][0].set_xlabel("image-caption pairs seen")
-    axes[-1][1].set_xlabel("training time, minutes")
+        _axis(axes[row][0], "image-caption pairs seen")
+        _axis(axes[row][1], MINUTES)
     _finish(figure, axes, png, len(groups))
     return True
 
@@ -105,9 +106,8 @@ def plot_costs(standings: Sequence[Standings], png: Path) -> bool:
         for panel, (label, cost, logarithmic) in zip(panels, COSTS, strict=True):
             for group in split.groups:
                 _point(panel, group, split, cost, numbers[group.name])
-            if logarithmic:
-                panel.set_xscale("log")
-            panel.set_xlabel(label)
+            panel.margins(0.1)
+            _axis(panel, label, logarithmic=logarithmic)
         panels[0].set_ylabel(f"{split.split}: CIDEr × 100")  # noqa: RUF001
     _finish(figure, axes, png, len(numbers))
     return True
@@ -144,6 +144,22 @@ def _style(number: int) -> dict[str, Any]:
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[number // len(COLOURS) % len(LINES)],
     }
+
+
+def _axis(panel: Axes, label: str, *, logarithmic: bool = False) -> None:
+    """The axis of a cost, from 0 unless logarithmic; large numbers as 200 k and 1.5 M."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    panel.set_xlabel(label)
+    if logarithmic:
+        panel.set_xscale("log")
+        wide = panel.dataLim.x1 > 50 * panel.dataLim.x0
+        panel.xaxis.set_major_locator(LogLocator(subs=(1,) if wide else (1, 2, 5)))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+    else:
+        panel.set_xlim(0, 1.08 * max(panel.dataLim.x1, 1e-9))
+    if label != MINUTES:
+        panel.xaxis.set_major_formatter(EngFormatter())
 
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:

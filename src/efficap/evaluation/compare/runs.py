@@ -89,7 +89,8 @@ def _below(folder: Path) -> Iterable[Path]:
         if CONFIG_FILE in files:
             yield Path(path)
             folders.clear()  # what a run holds, such as an export, is no run of its own
-        folders[:] = [name for name in folders if not name.startswith(".")]  # .hydra has a config.yaml, too
+        # .hydra and W&B's own runs have a config.yaml, too
+        folders[:] = [name for name in folders if not name.startswith(".") and name != "wandb"]
 
 
 def read_run(path: Path) -> Run:
