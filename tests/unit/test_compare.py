@@ -295,6 +295,22 @@ def test_a_run_without_scores_of_each_picture_is_compared_without_an_interval(sw
     assert any("run eval.py again" in note for note in standings.notes)
 
 
+def test_a_split_that_was_captioned_without_scores_is_left_out(sweep: Path) -> None:
+    for folder in sweep.glob("*/eval/irregular"):
+        (folder / "scores.json").write_text('{"split": "irregular", "images": 40, "METEOR": null}')
+    assert [split.split for split in compare_runs([sweep], resamples=100, seed=0).standings] == ["test"]
+
+
+def test_a_metric_that_failed_in_one_run_is_no_mean_of_the_others_and_is_named(sweep: Path) -> None:
+    file = sweep / "0_small/eval/test/scores.json"
+    scores = json.loads(file.read_text()) | {"METEOR": None, "METEOR_error": "no memory"}
+    file.write_text(json.dumps(scores))
+    standings = compare_runs([sweep], resamples=100, seed=0).standings[0]
+    first, second = (standings.scores[group.name] for group in standings.groups)
+    assert ("METEOR" in first, "METEOR" in second) == (False, True)
+    assert any("METEOR failed in" in note and "0_small" in note for note in standings.notes)
+
+
 def test_runs_that_decoded_differently_are_said_to_have(sweep: Path) -> None:
     file = sweep / "3_small/eval/test/scores.json"
     file.write_text(file.read_text().replace("greedy", "beam"))
@@ -367,6 +383,7 @@ def test_a_damaged_file_is_named_in_one_line(
             ["sweep", "--between", "small", "medium"],
             "--between: 'small' is no model here; there are 'small-csv decoder",
         ),
+        (["sweep", "--pictures", "-1"], "--pictures -1 must be at least 0"),
         (["sweep", "--resamples", "1"], "--resamples 1 must be at least 100"),
         (["empty", "--status"], "empty holds no job"),
     ],
@@ -454,7 +471,7 @@ def test_a_run_from_elsewhere_cannot_write_markup_on_the_page(
 ) -> None:
     for folder in sweep.glob("*_small"):
         file = folder / "config.yaml"
-        file.write_text(file.read_text().replace("small-csv", "'<script>|x'"))
+        file.write_text(file.read_text().replace("small-csv", "'<script>|$x$'"))
     assert run_main(capsys, sweep, "--resamples", 100)[0] == 0
     assert "<script" not in (sweep / "comparison/index.html").read_text()
     markdown = (sweep / "comparison/comparison.md").read_text().splitlines()

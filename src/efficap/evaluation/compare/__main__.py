@@ -26,6 +26,8 @@ def _compare(options: argparse.Namespace) -> int:
     # pandas, matplotlib and the like: --help and --status can do without
     from efficap.evaluation.compare.comparison import compare_runs, print_comparison, write_comparison
 
+    if options.pictures < 0:
+        raise InputError(f"--pictures {options.pictures} must be at least 0; 0 shows none")
     comparison = compare_runs(
         options.folders, resamples=options.resamples, seed=options.seed, between=options.between
     )

@@ -106,6 +106,8 @@ def _data(settings: dict[str, Any]) -> tuple[str, str]:
     if "sources" in settings:
         return choice, " + ".join(_data(source)[1] for source in settings["sources"].values())
     place = settings.get("shards") or settings.get("table")
+    if isinstance(place, dict | list):
+        place = next(iter(place.values() if isinstance(place, dict) else place), None)
     if choice == "demo" or not isinstance(place, str):
         return choice, choice
     return choice, "/".join(PurePath(place).parts[-2:])

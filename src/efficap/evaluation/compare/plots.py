@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -26,7 +27,7 @@ COLOURS = ("#4878a8", "#d9742b", "#3a8f5c", "#8a5aa8", "#c44e52", "#8c613c", "#d
 LINES = ("-", "--", ":", "-.")  # for models beyond the colours
 MARKERS = "osD^vP*X"
 MINUTES = "training time, minutes"
-IN_LEGEND = 20  # models; more would fill the picture
+LEGEND_LINE = 0.22  # inches
 
 Floats = NDArray[np.float64]
 # What a model costs: the axis' label, the figure of a run, whether the axis is logarithmic.
@@ -75,13 +76,16 @@ def plot_learning(groups: Sequence[Group], png: Path) -> bool:
         axes[row][0].set_ylabel("validation CIDEr × 100" if name == "val/CIDEr" else "validation loss")  # noqa: RUF001
         _axis(axes[row][0], "image-caption pairs seen")
         _axis(axes[row][1], MINUTES)
-    _finish(figure, axes, png, len(groups))
+    _finish(figure, axes, png)
     return True
 
 
 def spent_at(table: pd.DataFrame, run: Run, steps: Floats) -> tuple[Floats, Floats]:
     """Pairs seen and minutes trained at `steps`, between what was logged on a straight line."""
     rate = logged_values(table, "train/pairs_per_second")  # mean since the start, so that time = pairs / rate
+    rate = rate[
+        rate.index < run.metrics["steps"]
+    ]  # a run that was killed has logged more than it has summed up
     pairs = logged_values(table, "train/pairs").reindex(rate.index)
     last_step, last_pairs = run.metrics["steps"], run.metrics.get("pairs", 0)
     each = last_pairs / last_step
@@ -109,7 +113,7 @@ def plot_costs(standings: Sequence[Standings], png: Path) -> bool:
             panel.margins(0.1)
             _axis(panel, label, logarithmic=logarithmic)
         panels[0].set_ylabel(f"{split.split}: CIDEr × 100")  # noqa: RUF001
-    _finish(figure, axes, png, len(numbers))
+    _finish(figure, axes, png)
     return True
 
 
@@ -165,19 +169,21 @@ def _axis(panel: Axes, label: str, *, logarithmic: bool = False) -> None:
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
-    figure = Figure(figsize=(4.6 * columns, 3.4 * rows + 0.4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(4.6 * columns, 3.4 * rows), dpi=150, layout="constrained")
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
-def _finish(figure: Figure, axes: list[list[Axes]], png: Path, models: int) -> None:
+def _finish(figure: Figure, axes: list[list[Axes]], png: Path) -> None:
     for panel in itertools.chain.from_iterable(axes):
         tidy(panel)
     handles: dict[str, Any] = {}
     for panel in itertools.chain.from_iterable(axes):
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    if handles and models <= IN_LEGEND:
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", frameon=False,
-                      ncols=1 if max(map(len, handles)) > 60 else 2)  # fmt: skip
+    columns = 1 if max(map(len, handles), default=0) > 60 else 2
+    names = [name.replace("$", r"\$") for name in handles]  # matplotlib would set them as mathematics
+    figure.set_figheight(figure.get_figheight() + LEGEND_LINE * math.ceil(len(names) / columns))
+    if handles:
+        figure.legend(list(handles.values()), names, loc="outside lower center", frameon=False, ncols=columns)
     with replacing(png) as file:
         figure.savefig(file, format="png")

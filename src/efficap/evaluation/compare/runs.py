@@ -19,6 +19,7 @@ from efficap.evaluation.scores import Scores
 CONFIG_FILE = "config.yaml"
 _KEYS = {"name", "model", "data"}
 _CLOSE = 1e-6  # between a score and the mean over the pictures that it was computed from
+METRICS = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 SHOWN = 3  # ids named in an error message
 
 
@@ -50,7 +51,7 @@ class Run:
         path: links resolved.
         config: of config.yaml.
         metrics: of metrics.json; empty where training has not validated yet.
-        evaluations: by split; empty where eval.py was not run.
+        evaluations: by split, those that have scores; empty where eval.py was not run.
     """
 
     path: Path
@@ -101,7 +102,11 @@ def read_run(path: Path) -> Run:
     """
     metrics = path / "metrics.json"
     evaluations = {
-        file.parent.name: _evaluation(file.parent) for file in sorted(path.glob("eval/*/scores.json"))
+        folder.name: evaluation
+        for folder in sorted(file.parent for file in path.glob("eval/*/scores.json"))
+        if any(
+            isinstance((evaluation := _evaluation(folder)).scores.get(metric), float) for metric in METRICS
+        )
     }
     return Run(
         path, _config(path / CONFIG_FILE), read_scores(metrics) if metrics.is_file() else {}, evaluations

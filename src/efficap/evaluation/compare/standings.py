@@ -9,9 +9,8 @@ from dataclasses import dataclass, field
 
 from efficap.evaluation.compare.bootstrap import Floats, interval, p_value, resample
 from efficap.evaluation.compare.groups import Group
-from efficap.evaluation.compare.runs import Run
+from efficap.evaluation.compare.runs import METRICS, Run
 
-METRICS = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
 RESAMPLED = ("CIDEr", "BLEU-4")
 
 
@@ -148,6 +147,10 @@ def _notes(groups: Sequence[Group], split: str) -> list[str]:
     for group in groups:
         for run in group.evaluated(split):
             scores = run.evaluations[split].scores
+            failed = [
+                name.removesuffix("_error") for name in scores if name.endswith("_error") and "/" not in name
+            ]
+            notes += [f"{group.name}: {metric} failed in {run.path} on {split}" for metric in failed]
             how = f"{scores.get('decoding')}, {scores.get('precision')}"
             found.setdefault(how, []).append(group.name)
         missing = len(group.runs) - len(group.evaluated(split))

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from efficap.evaluation.compare.groups import Group
-from efficap.evaluation.compare.standings import METRICS, RESAMPLED, Difference, Score, Standings
+from efficap.evaluation.compare.runs import METRICS
+from efficap.evaluation.compare.standings import RESAMPLED, Difference, Score, Standings
 
 if TYPE_CHECKING:
     import rich.table
