@@ -105,7 +105,8 @@ def explanation(standings: Sequence[Standings], resamples: int) -> list[str]:
     ):
         lines.append(
             f"In brackets: 95 % intervals of {resamples:,} resamples of the pictures, the same ones for all models; "
-            "p: two-sided, paired bootstrap (Koehn 2004), not corrected for the number of pairs. Within a resample, a "
+            "p: two-sided, paired bootstrap (Koehn 2004), not corrected for the number of pairs, and "
+            f"at least {2 / (resamples + 1):.1g} with so many resamples. Within a resample, a "
             "model's score is the mean of its seeds' scores: seeds are not resampled."
         )
     return lines
