@@ -24,6 +24,7 @@ BENCHES = {
     "decode": ["--short"],
     "train_step": ["--short"],
     "feature_cache": ["--short"],
+    "export": ["--short"],
 }
 
 

@@ -1,4 +1,4 @@
-"""Captioning by PyTorch and by onnxruntime, in float32 and in int8, with the same weights on the CPU, in one run.
+"""Captioning by PyTorch, in float32 and bfloat16, and by onnxruntime, in float32 and int8, with the same weights.
 
     python bench/export.py [--run RUN --images DIR] [--rounds 3] [--pictures 16] [--short]
 
@@ -10,6 +10,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -79,8 +80,8 @@ def _subject(options: argparse.Namespace) -> tuple[Any, Tensor, int]:
 
 
 def _contenders(model: Any, place: Path, image_size: int) -> tuple[dict[str, Any], dict[str, float]]:
-    """PyTorch's and both exports, and the size of each export's graphs in megabytes."""
-    contenders, sizes = {"pytorch": model}, {}
+    """PyTorch's with float32 and bfloat16 weights, both exports, and the size of each export's graphs in megabytes."""
+    contenders, sizes = {"pytorch": model, "pytorch_bf16": copy.deepcopy(model).to(torch.bfloat16)}, {}
     for name in ("onnx", "onnx_int8"):
         directory = place / name
         directory.mkdir()
@@ -140,7 +141,7 @@ def _print(result: dict[str, Any]) -> None:
         for name, figures in result[decoding].items():
             size = f"{result['megabytes'][name]:8.1f} MB" if name in result["megabytes"] else ""
             print(
-                f"{decoding:8} {name:10} {figures['pictures_per_s']:8.2f} pictures/s, "
+                f"{decoding:8} {name:12} {figures['pictures_per_s']:8.2f} pictures/s, "
                 f"{figures['same_captions']:4.0%} of the captions the same {size}"
             )
 

@@ -103,7 +103,7 @@ def test_the_samples_of_a_training_are_reproducible(start: tuple[Path, Path], tm
 
 def said(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
     """Hydra's own record of a command line."""
-    cfg = OmegaConf.create({"hydra": {"overrides": {"task": list(overrides)}}})
+    cfg = OmegaConf.create({"hydra": {"mode": "RUN", "overrides": {"task": list(overrides)}}})
     monkeypatch.setattr(HydraConfig, "instance", lambda *_, **__: OmegaConf.create({"cfg": cfg}))
     monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import difflib
+import hashlib
 import os
 import re
 import sys
@@ -40,6 +41,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them its own way
 
+    OmegaConf.register_new_resolver("command", _command, replace=True)
     failed = False
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
@@ -65,6 +67,14 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         sys.exit(130)
     if failed:
         sys.exit(1)
+
+
+def _command() -> str:
+    """What the command line changes, as a folder's name: of a sweep, which the same command then finds again."""
+    words = sorted(word for word in sys.argv[1:] if not word.startswith(("-", "hydra.", "hydra/")))
+    name = re.sub(r"[^\w.,=+-]+", "_", " ".join(words)) or "sweep"
+    digest = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name if len(name) <= 100 else f"{name[:90]}_{digest}"
 
 
 def tune_process() -> None:

@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from efficap.commands.run_dir import RunDirectory
+from efficap.commands.job import is_sweep_job
+from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
 from efficap.errors import InputError
 from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of
@@ -22,26 +23,45 @@ _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "data.num_workers"
 _NOT_COMPARED = ("resume", "output_dir")
 
 
-def resumed_run(cfg: dict[str, Any]) -> RunDirectory | None:
-    """The run that ``resume`` asks to go on with; None: there is none yet, so that a new one begins.
+def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
+    """The run that ``resume=RUN`` names.
+
+    Raises:
+        InputError: no such run, or nothing in it to go on from.
+    """
+    if cfg["resume"] in (None, "auto"):
+        return None
+    run = RunDirectory(cfg["resume"], "resume")
+    checkpoint_of(run.path)
+    return run
+
+
+def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
+    """The run of these very settings that ``resume=auto`` goes on with, or that a sweep finds in the job's folder.
 
     Args:
         cfg: the resolved values of conf/train.yaml.
 
     Raises:
-        InputError: no such run, or nothing in it to go on from.
+        InputError: a sweep's folder holds another training.
     """
-    if cfg["resume"] is None:
-        return None
-    if cfg["resume"] != "auto":
-        run = RunDirectory(cfg["resume"], "resume")
-        checkpoint_of(run.path)
-        return run
-    for folder in sorted(Path(cfg["output_dir"]).absolute().parent.glob("*/config.yaml"), reverse=True):
-        run = RunDirectory(folder.parent, "resume")
-        is_same = _compared(run.config) == _compared(cfg)
-        if is_same and (is_finished(run) or _has_checkpoint(run)):
+    own = Path(cfg["output_dir"]).absolute()
+    in_sweep = cfg["resume"] is None and is_sweep_job()
+    if in_sweep:
+        folders = [own] if (own / CONFIG_FILE).is_file() else []
+    else:
+        found = own.parent.glob(f"*/{CONFIG_FILE}") if cfg["resume"] == "auto" else []
+        folders = sorted((file.parent for file in found), reverse=True)
+    for folder in folders:
+        run = RunDirectory(folder, "resume")
+        if not (is_finished(run) or _has_checkpoint(run)):
+            continue
+        if _compared(run.config) == _compared(cfg):
             return run
+        if in_sweep:
+            raise InputError(
+                f"{own} holds a training of other settings; hydra.sweep.dir=DIR gives this sweep a folder of its own"
+            )
     return None
 
 
@@ -67,15 +87,14 @@ def leave_no_trace(folder: Path) -> None:
 
 
 def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
-    """The run's own settings, with those that the command line names and that may change.
+    """The run's own settings, with those that the command line of ``resume=RUN`` names and that may change.
 
     Raises:
         InputError: the command line names one that may not.
     """
     settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
-    for override in (
-        HydraConfig.get().overrides.task if HydraConfig.initialized() and cfg["resume"] != "auto" else []
-    ):
+    is_named = cfg["resume"] not in (None, "auto")
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() and is_named else []:
         key = override.partition("=")[0].lstrip("+")
         if not key.startswith(_MAY_CHANGE):
             raise InputError(

@@ -16,12 +16,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from efficap.commands.init_from import load_from, with_model_of
+from efficap.commands.job import recorded
 from efficap.commands.loggers import build_loggers, finish_wandb
 from efficap.commands.resume import (
     is_finished,
     leave_no_trace,
     log_until,
-    resumed_run,
+    named_run,
+    same_run,
     with_settings_of,
 )
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
@@ -64,19 +66,26 @@ def train(cfg: dict[str, Any]) -> Path:
         InputError: before the first step, whatever can be known to be wrong by then.
     """
     _leave_out_lightnings_chatter()
+    asked = Path(cfg["output_dir"])
+    with recorded(asked):
+        resolved, init_from, resumed = _resolved(cfg)
+        run_dir = Path(resolved["output_dir"])
+        if resumed and resumed.path != asked.resolve():
+            leave_no_trace(asked)
+        if resumed and cfg["resume"] in (None, "auto") and is_finished(resumed):
+            print(f"finished already: {run_dir}")
+        else:
+            _train(resolved, init_from, resumed)
+    return run_dir
+
+
+def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
+    model, run_dir = cfg["model"], Path(cfg["output_dir"])
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
     _check_numbers(cfg["trainer"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
     check_objective(cfg["training"])
-    asked = Path(cfg["output_dir"])
-    cfg, init_from, resumed = _resolved(cfg)
-    if resumed and resumed.path != asked.resolve():
-        leave_no_trace(asked)
-    if resumed and is_finished(resumed):
-        print(f"finished already: {resumed.path}")
-        return resumed.path
-    model = cfg["model"]
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
@@ -107,7 +116,6 @@ def train(cfg: dict[str, Any]) -> Path:
         device=choose_device(cfg["trainer"]["accelerator"]),
     )
 
-    run_dir = Path(cfg["output_dir"])
     checkpoint = checkpoint_of(resumed.path) if resumed else None
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
     write_run(run_dir, {**cfg, "resume": None}, tokenizer)
@@ -128,20 +136,19 @@ def train(cfg: dict[str, Any]) -> Path:
         raise
     finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")
-    return run_dir
 
 
 def _resolved(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None]:
     """The settings with all that they leave to other things, the run to start from, and the run to go on with."""
-    resumed = resumed_run(cfg) if cfg["resume"] != "auto" else None
+    resumed = named_run(cfg)
     if resumed:
         cfg = with_settings_of(resumed, cfg)
     init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
     if not resumed:
         cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
         cfg = {**cfg, "data": _with_absolute_paths(cfg["data"])}
-    if cfg["resume"] == "auto" and (resumed := resumed_run(cfg)):
-        cfg = with_settings_of(resumed, cfg)
+        resumed = same_run(cfg)
+        cfg = with_settings_of(resumed, cfg) if resumed else cfg
     return cfg, init_from, resumed
 
 
