@@ -9,43 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, write_colour_table, write_random_run
 from toys import BEAM, CONSTRAINED, DIVERSE, GREEDY, NUCLEUS
 
 from efficap.commands.caption import caption
 from efficap.commands.evaluate import evaluate
 from efficap.commands.export_check import check_pictures
-from efficap.commands.run_dir import RunDirectory, write_run
+from efficap.commands.run_dir import RunDirectory
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
-from efficap.models.build import build_model, resolve_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained import onnx_graphs, onnx_runtime
 from efficap.models.pretrained.__main__ import main
 from efficap.models.pretrained.onnx_graphs import DECODER_FILE, ENCODER_FILE
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
-from efficap.models.weights import save_weights
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.writer import CaptionWriter
 
 pytest.importorskip("onnxruntime")
 pytestmark = pytest.mark.slow
 TOKENIZER = CaptionTokenizer.learn(["a red picture", "all of it is green", "blue and grey"], vocab_size=300)
-
-
-def write_random_run(folder: Path, run: Path, **changes: Any) -> Path:
-    """A run as training leaves it, with random weights that say different things, and end, for different pictures."""
-    config = compose("train", *tiny_overrides(folder, run))
-    config["model"] = resolve_model(config["model"]) | changes
-    write_run(run, config, TOKENIZER)
-    torch.manual_seed(1)
-    captioner = build_model(config["model"], TOKENIZER.vocab_size)
-    for parameter in (*captioner.bridge.parameters(), *captioner.decoder.parameters()):
-        torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.4)
-    eos = captioner.decoder.wte.weight.data[TOKENIZER.eos_id]
-    captioner.decoder.ln_f.bias.data = 5 * eos / eos.dot(eos)
-    save_weights(captioner.state_dict(), run)
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(folder: Path) -> Path:
-    return write_random_run(folder, folder.parent / "run")
+    return write_random_run(folder.parent / "run")
 
 
 @pytest.fixture(scope="module")
