@@ -522,7 +522,7 @@ def test_the_status_tells_how_far_each_job_has_come(
 ) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
-    write_job(tmp_path / "0_a", state="done", overrides=["seed=0"], ended="2026-11-24T11:00:00")
+    write_job(tmp_path / "0_a", state="done", overrides=["seed=0"], ended="2026-11-24T12:00:00+01:00")
     write_job(tmp_path / "1_a", state="failed", overrides=["seed=1"], error="out of memory")
     write_job(tmp_path / "2_a", state="running", overrides=["seed=2"])
     write_job(tmp_path / "10_a", state="running", overrides=["seed=10"], pid=gone.pid)
@@ -544,12 +544,16 @@ def test_the_status_tells_how_far_each_job_has_come(
         ("13_a", "not started", ()),
         ("", "not started", ("seed=13",)),
     ]
+    ended = pd.Timestamp("2026-11-24T11:00:00").tz_localize("UTC").timestamp()
+    assert pd.Timestamp(read_jobs(tmp_path)[0].ended).to_pydatetime().timestamp() == ended
     status, out, _ = run_main(capsys, tmp_path, "--status")
     assert status == 0
     assert "1 done, 1 failed, 2 running, 1 interrupted, 1 unknown, 2 not started" in " ".join(out.split())
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"state": "lost"}', '{"state": "running"}'])
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"state": "lost"}', '{"state": "running"}', '{"state": "done", "ended": "?"}']
+)
 def test_a_damaged_record_of_a_job_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
 ) -> None:

@@ -8,6 +8,7 @@ import re
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,7 @@ class Job:
             started``, or ``unknown`` (weights without a record).
         overrides: what the sweep sets for it.
         error: of a failed one.
-        started, ended: ISO times, empty where unknown.
+        started, ended: in the time of this machine's zone, to the second; empty where unknown.
     """
 
     folder: Path | None
@@ -54,7 +55,7 @@ def read_jobs(sweep: Path) -> list[Job]:
         InputError: no such folder, no job in it, or a damaged record.
     """
     if not sweep.is_dir():
-        raise InputError(f"{sweep} is no folder; give a sweep's, such as outputs/sweeps/2026-11-24_10-00-00")
+        raise InputError(f"{sweep} is no folder; give a sweep's, such as outputs/sweeps/model=small,medium")
     folders = sorted(
         (folder for folder in sweep.iterdir() if folder.is_dir() and _is_job(folder)), key=_natural
     )
@@ -95,13 +96,18 @@ def _job(folder: Path) -> Job:
             state,
             tuple(map(str, record.get("overrides") or ())),
             str(record.get("error") or ""),
-            str(record.get("started") or ""),
-            str(record.get("ended") or ""),
+            _local(record.get("started")),
+            _local(record.get("ended")),
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{file} is damaged ({type(error).__name__}: {error}); remove it and run the job again"
         ) from (error)
+
+
+def _local(iso: str | None) -> str:
+    """An ISO time, which names its zone, as a clock here shows it."""
+    return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M:%S}" if iso else ""
 
 
 def _alive(pid: int) -> bool:
@@ -158,7 +164,7 @@ def jobs_table(sweep: Path, jobs: Sequence[Job]) -> Table:
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     table = Table(title=Text(f"{sweep}: {counts}"))
     for name in ("job", "state", "overrides", "started", "ended", "error"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=name == "state")
     of_all = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
     for job in jobs:
         own = " ".join(override for override in job.overrides if override not in of_all)
