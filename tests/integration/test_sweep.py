@@ -36,7 +36,9 @@ def test_the_same_command_finishes_what_is_not_done(tmp_path: Path) -> None:
         f"hydra.sweep.dir={sweep}",
     ]
     command = [sys.executable, "train.py", "-m", *overrides, *swept, "logger=wandb"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+    # Without W&B's service of this process, which would outlive the one that is killed.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
+    environment = {**own, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
 
     def start() -> subprocess.Popen[str]:
         return subprocess.Popen(

@@ -47,12 +47,12 @@ def _wandb_settings(settings: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     return {**settings, **found}
 
 
-def _wandb_mode() -> str | None:
-    """W&B's own choice where WANDB_MODE makes one, online where a key is known, else offline."""
+def _wandb_mode() -> str:
+    """WANDB_MODE where it is set, online where a key is known, else offline."""
     import wandb
 
-    if "WANDB_MODE" in os.environ:
-        return None
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode  # as it is now: W&B itself reads it once in a process
     try:
         return "online" if wandb.login(prompt=False) else "offline"
     except wandb.Error as error:

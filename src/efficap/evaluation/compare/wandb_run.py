@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from efficap.errors import InputError
 from efficap.evaluation.compare.comparison import HEADINGS, PAGE, Comparison
@@ -72,12 +72,12 @@ def _table(cells: Cells) -> Any:
     return wandb.Table(columns=header, data=list(cells.rows))
 
 
-def _mode() -> Literal["online", "offline"] | None:
-    """W&B's own choice where WANDB_MODE makes one, online where a key is known, else offline."""
+def _mode() -> Any:
+    """WANDB_MODE where it is set, online where a key is known, else offline."""
     import wandb
 
-    if "WANDB_MODE" in os.environ:
-        return None
+    if mode := os.environ.get("WANDB_MODE"):
+        return mode  # as it is now: W&B itself reads it once in a process
     try:
         return "online" if wandb.login(prompt=False) else "offline"
     except wandb.Error:  # it cannot be reached
