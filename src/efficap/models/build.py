@@ -54,7 +54,7 @@ def build_model(model: dict[str, Any], vocab_size: int) -> CaptionModel:
         encoder={key: encoder[key] for key in ("name", "mean", "std", "frozen", "drop_path_rate")},
         bridge={key: model["bridge"][key] for key in ("n_blocks", "n_heads", "dropout")},
         decoder={key: decoder[key] for key in (*GPT2_SIZES, "dropout")},
-        arithmetic=model["arithmetic"],
+        arithmetic=model.get("arithmetic", "gpt2"),  # runs from before there was a choice lack it
     )
 
 
