@@ -1,6 +1,6 @@
 """Beam search: efficap against transformers' `generate` with the same weights, in one run, in pairs.
 
-    python bench/decode.py [--rounds 5] [--grow] [--short]
+    python bench/decode.py [--rounds 5] [--grow] [--short] [--compile]
 
 `small`'s sizes at 224 pixels with random weights: 8 pictures, 5 beams, 20 tokens; and once more with captions that
 end after 8 to 16 tokens. `--grow` shows how both grow with beams, pictures, length and model size. The floor is the
@@ -11,6 +11,7 @@ JSON object.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import statistics
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -161,10 +162,12 @@ def seconds(run: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def measure(case: Case, rounds: int) -> dict[str, float | bool]:
+def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, float | bool]:
     """Medians over rounds in which the three take turns: seconds, ratios, and whether the tokens agree."""
-    captioner = build_random(case)
-    plain, floor = Plain(captioner, MODELS[case.model]["encoder"]), Floor(captioner, case)
+    captioner, other = build_random(case), build_random(case)
+    plain, floor = Plain(other, MODELS[case.model]["encoder"]), Floor(other, case)
+    if compile:
+        captioner.compile_decoding()
     images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
     runs = {
         "ours": lambda: ours(captioner, images, case),
@@ -195,6 +198,7 @@ def peak_memory(way: str, case: Case) -> float:
     images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
     with torch.inference_mode():
         captioner.encode(images)
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what encoding has freed is not to be used again unseen
         before = _status("VmRSS")
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # forget the high-water mark
@@ -211,9 +215,10 @@ def _status(key: str) -> float:
 
 
 def memory_of(way: str, case: Case) -> float:
-    """`peak_memory` in a process of its own."""
-    command = [sys.executable, __file__, "--memory-of", way, "--dtype", case.dtype]
-    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    """`peak_memory` in a process of its own, whose allocator gives back each tensor as it is freed."""
+    command = [sys.executable, __file__, "--memory-of", way, "--case", json.dumps(asdict(case))]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(result.stdout.splitlines()[-1])
 
 
@@ -236,6 +241,16 @@ def show(case: Case, figures: dict[str, float | bool]) -> None:
     )
 
 
+def show_memory(case: Case) -> tuple[float, float]:
+    """MiB that decoding adds, by ours and by `generate`."""
+    mine, other = memory_of("ours", case), memory_of("generate", case)
+    print(
+        f"{case.model:<7}{case.dtype:<9}memory added: ours {mine:.0f} MiB, generate {other:.0f} MiB",
+        flush=True,
+    )
+    return mine, other
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -243,12 +258,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
     parser.add_argument("--grow", action="store_true", help="also other sizes")
     parser.add_argument("--short", action="store_true", help="two rounds, no memory")
+    parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
     parser.add_argument("--memory-of", choices=("ours", "generate"), help=argparse.SUPPRESS)
-    parser.add_argument("--dtype", default="float32", help=argparse.SUPPRESS)
+    parser.add_argument("--case", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.set_verbosity_error()
     if options.memory_of:
-        print(peak_memory(options.memory_of, Case(dtype=options.dtype)))
+        print(peak_memory(options.memory_of, Case(**json.loads(options.case))))
         return
     rounds = 2 if options.short else options.rounds
     cases = {
@@ -259,7 +275,7 @@ def main() -> None:
     }
     results: dict[str, dict[str, float | bool]] = {}
     for name, case in cases.items():
-        results[name] = measure(case, rounds)
+        results[name] = measure(case, rounds, compile=options.compile)
         show(case, results[name])
     line: dict[str, Any] = {
         "vs_generate_fp32": results["fp32"]["vs_generate"],
@@ -270,12 +286,12 @@ def main() -> None:
     }
     if not options.short:
         for dtype in ("float32", "bfloat16"):
-            mine, other = (memory_of(way, replace(Case(), dtype=dtype)) for way in ("ours", "generate"))
-            print(f"memory added by decoding, {dtype}: ours {mine:.0f} MiB, generate {other:.0f} MiB")
+            mine, other = show_memory(Case(dtype=dtype))
             line |= {f"peak_mib_{dtype}": mine, f"generate_peak_mib_{dtype}": other}
     if options.grow:
         for case in GROW:
-            show(case, measure(case, rounds))
+            show(case, measure(case, rounds, compile=options.compile))
+            show_memory(case)
     print(
         json.dumps(
             {key: round(value, 3) if isinstance(value, float) else value for key, value in line.items()}

@@ -258,8 +258,8 @@ def test_captions_are_written_in_bfloat16(
     dtypes: list[set[torch.dtype]] = []
     load = RunDirectory.captioner
 
-    def noted(self: RunDirectory, *arguments: Any) -> Any:
-        captioner = load(self, *arguments)
+    def noted(self: RunDirectory, *arguments: Any, **options: Any) -> Any:
+        captioner = load(self, *arguments, **options)
         dtypes.append(
             {tensor.dtype for tensor in captioner.state_dict().values() if tensor.is_floating_point()}
         )
@@ -298,3 +298,13 @@ def test_an_unknown_precision_is_refused_before_anything_is_loaded(
         with pytest.raises(InputError, match=message):
             function(cfg)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_decoding_writes_the_same_captions(run: Path, pictures: Path, tmp_path: Path) -> None:
+    for out, compiled in ((tmp_path / "plain", False), (tmp_path / "compiled", True)):
+        caption(compose("caption", *settings(run, pictures, out), f"compile={compiled}", "decoding=beam"))
+    for found, expected in zip(lines(tmp_path / "compiled"), lines(tmp_path / "plain"), strict=True):
+        assert found["captions"][0]["tokens"] == expected["captions"][0]["tokens"]
+        assert found["captions"][0]["score"] == pytest.approx(expected["captions"][0]["score"], abs=1e-3)

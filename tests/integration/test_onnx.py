@@ -154,6 +154,7 @@ def test_what_an_export_cannot_do_is_refused(
 ) -> None:
     for change, message in (
         ("precision=bfloat16", "precision=bfloat16: .* is an ONNX export in float32; leave it out"),
+        ("compile=true", "compile=true: .* is an ONNX export, compiled already; leave it out"),
         ("accelerator=gpu", "accelerator=gpu"),
     ):
         with pytest.raises(InputError, match=message):

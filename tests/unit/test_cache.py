@@ -6,13 +6,16 @@ B images, G rows of each, T tokens, V words, D width.
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
-from toys import GPT2Pair
+from torch._dynamo.testing import CompileCounter
+from toys import BEAM, EOS, GPT2Pair, captions, ids, run
 
-from efficap.models.captioner import DecodingState
+from efficap.decoding import build_decoding
+from efficap.models.captioner import DecodingState, FixedDecodingState
 from efficap.models.gpt2 import GPT2
 
 
@@ -29,14 +32,23 @@ def random_parents(images: int, before: int, after: int) -> Tensor:
     return (own + torch.arange(images)[:, None] * before).flatten()
 
 
+def fixed(decoder: GPT2, memory: Tensor, max_tokens: int) -> FixedDecodingState:
+    """The pictures and two more that fill the batch up."""
+    filled = torch.cat((memory, torch.zeros(2, *memory.shape[1:], dtype=memory.dtype)))
+    return FixedDecodingState(decoder, filled, max_tokens, len(memory), decoder.step)
+
+
+@pytest.mark.parametrize("start", [DecodingState, fixed])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-4), (torch.bfloat16, 0.03)])
 @pytest.mark.parametrize("seed", range(6))
 @torch.no_grad()
-def test_cached_steps_equal_the_whole_sequence(seed: int, dtype: torch.dtype, tolerance: float) -> None:
+def test_cached_steps_equal_the_whole_sequence(
+    start: Callable[..., DecodingState], seed: int, dtype: torch.dtype, tolerance: float
+) -> None:
     draw = random.Random(seed)
     pair = GPT2Pair(seed, eos_id=1, images=6)
     decoder, memory = pair.ours.to(dtype), pair.memory.to(dtype)
-    state, rows, max_tokens = DecodingState(decoder, memory, 14), 1, 14
+    state, rows, max_tokens = start(decoder, memory, 14), 1, 14
     history = torch.empty(6, 1, 0, dtype=torch.int64)  # (B, G, T)
     left = grown = 0
     for _ in range(max_tokens):
@@ -70,3 +82,18 @@ def test_pictures_may_leave_before_the_rows_grow() -> None:
     logits = state(then, torch.tensor([0, 0, 2, 2]), keep)
     history = torch.stack((torch.zeros(2, 2, dtype=torch.int64), then.view(2, 2)), dim=2)
     assert (logits - read_again(pair.ours, pair.memory[keep], history)).abs().max() < 2e-4
+
+
+@torch.no_grad()
+def test_beam_search_compiles_one_step_for_all_lengths_and_batches() -> None:
+    pair, counter = GPT2Pair(0, eos_id=EOS, images=6), CompileCounter()
+    step = torch.compile(pair.ours.step, backend=counter, dynamic=False, fullgraph=True)
+    beam = build_decoding({**BEAM, "max_tokens": 12})
+    for memory in (pair.memory, pair.memory[:4]):
+        expected = run(beam, DecodingState(pair.ours, memory, beam.max_tokens), ids(len(memory)))
+        state = FixedDecodingState(pair.ours, pair.memory, beam.max_tokens, len(memory), step)
+        found = run(beam, state, ids(len(memory)))
+        assert captions(found) == captions(expected)
+        assert (found.scores - expected.scores).abs().max() < 1e-4
+    assert len(set(expected.lengths.flatten().tolist())) > 1  # so that pictures leave
+    assert counter.frame_count == 1

@@ -84,6 +84,7 @@ def test_gpt2_equals_transformers_with_cache(pair: tuple[GPT2, torch.nn.Module])
                 tokens[:, t : t + 1], encoder_hidden_states=memory, past_key_values=past, use_cache=True
             )
             past = output.past_key_values
+            cache.advance(1)
             assert (ours.step(tokens[:, t], cache) - output.logits[:, -1]).abs().max() < 2e-4
 
 

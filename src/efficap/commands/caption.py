@@ -42,7 +42,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     settings = run.decoding(cfg["decoding"])
     decoding = build_decoding(settings)
-    load = functools.partial(_load_writer, run, decoding, device, precision)
+    load = functools.partial(_load_writer, run, decoding, device, precision, compile=cfg["compile"])
     record = done_with(run.path, settings, precision)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
@@ -79,11 +79,12 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
 
 
 def _load_writer(
-    run: RunDirectory, decoding: Decoding, device: torch.device, precision: torch.dtype
+    run: RunDirectory, decoding: Decoding, device: torch.device, precision: torch.dtype, *, compile: bool
 ) -> tuple[CaptionWriter, int]:
     """The writer, and the number of pictures that it takes at a time."""
     tokenizer = run.tokenizer()
-    writer = CaptionWriter(run.captioner(tokenizer, device, precision), tokenizer, decoding)
+    captioner = run.captioner(tokenizer, device, precision, compile=compile)
+    writer = CaptionWriter(captioner, tokenizer, decoding)
     side = run.config["model"]["image_size"]
     return writer, writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
 

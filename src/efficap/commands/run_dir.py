@@ -86,14 +86,33 @@ class RunDirectory:
         return torch.device("cpu"), getattr(torch, own)
 
     def captioner(
-        self, tokenizer: CaptionTokenizer, device: torch.device, precision: torch.dtype = torch.float32
+        self,
+        tokenizer: CaptionTokenizer,
+        device: torch.device,
+        precision: torch.dtype = torch.float32,
+        *,
+        compile: bool = False,
     ) -> CaptionModel | OnnxCaptioner:
-        """The trained model on `device`, in evaluation mode, its weights in `precision`; or an export's, as it is."""
+        """The trained model on `device`, in evaluation mode, its weights in `precision`; or an export's, as it is.
+
+        Args:
+            compile: whether it decodes through torch.compile.
+
+        Raises:
+            InputError: an export is to be compiled, which is no model of torch's.
+        """
         if self.export:
+            if compile:
+                raise InputError(
+                    f"compile=true: {self.path} is an ONNX export, compiled already; leave it out"
+                )
             n_positions = self.config["model"]["decoder"]["n_positions"]
             return OnnxCaptioner(self.path, n_positions=n_positions, vocab_size=tokenizer.vocab_size)
         captioner = load_model(self.path, self.config["model"], tokenizer.vocab_size)
-        return captioner.to(device, precision)
+        captioner.to(device, precision)
+        if compile:
+            captioner.compile_decoding()
+        return captioner
 
     def decoding(self, changes: dict[str, Any]) -> dict[str, Any]:
         """The settings of a decoding: those that the run validated with, some of them changed, or another method's.

@@ -83,7 +83,8 @@ def open_run(cfg: dict[str, Any]) -> Subject:
     device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     decoding = build_decoding(run.decoding(cfg["decoding"]))
     tokenizer = run.tokenizer()
-    writer = CaptionWriter(run.captioner(tokenizer, device, precision), tokenizer, decoding)
+    captioner = run.captioner(tokenizer, device, precision, compile=cfg["compile"])
+    writer = CaptionWriter(captioner, tokenizer, decoding)
     side = run.config["model"]["image_size"]
     batch_size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
     data = _prepared_data(run, preprocessing(run.config["model"]), cfg, tokenizer, batch_size)
@@ -112,7 +113,8 @@ def open_ensemble(cfg: dict[str, Any]) -> Subject:
         way = preprocessing(run.config["model"])
         if way not in ways:
             ways.append(way)
-        members.append(Member(run.captioner(tokenizer, own_device, precision), ways.index(way)))
+        captioner = run.captioner(tokenizer, own_device, precision, compile=cfg["compile"])
+        members.append(Member(captioner, ways.index(way)))
     ensemble = Ensemble(members, [way["image_size"] for way in ways])
     writer = CaptionWriter(ensemble, tokenizer, decoding)
     blank = [torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device) for side in ensemble.sides]

@@ -67,6 +67,10 @@ class DecodingCache:
             )
             self._visible = F.pad(self._visible, (0, more))
 
+    def positions(self, tokens: int) -> Tensor:
+        """(tokens,) int64, the places in their sequence of the newest tokens, once there is room for them."""
+        return torch.arange(self.length - tokens, self.length, device=self._keys.device)
+
     def advance(self, tokens: int) -> None:
         """Make room for the next `tokens` of each row; more than one only at the start, where there is one row."""
         assert tokens == 1 or (self.rows == 1 and self.length == 0)
@@ -88,3 +92,32 @@ class DecodingCache:
         self._keys[layer, :, :, start : self._used] = key
         self._values[layer, :, :, start : self._used] = value
         return self._keys[layer, :, :, : self._used], self._values[layer, :, :, : self._used]
+
+
+class FixedCache(DecodingCache):
+    """A cache whose steps have the same shapes once the prompt is read, so that one compiled step serves them all.
+
+    All slots take part in every step, those to come behind the mask. Where the newest tokens go is a tensor, for a
+    number would be compiled into the step. Pictures do not leave.
+    """
+
+    def __init__(self, memory: list[KeyValue], max_tokens: int, empty_slot: bool = False) -> None:
+        super().__init__(memory, max_tokens, empty_slot)
+        self._keys.zero_()  # what is masked is multiplied by 0, and must not be infinite
+        self._values.zero_()
+
+    def advance(self, tokens: int) -> None:
+        super().advance(tokens)
+        device = self._keys.device
+        self._newest = torch.arange(self._used - tokens * self.rows, self._used, device=device)  # (G*T,)
+        self._positions = super().positions(tokens)
+        unseen = ~self._visible[:, None]  # (B, 1, G, S)
+        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+
+    def positions(self, tokens: int) -> Tensor:
+        return self._positions
+
+    def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
+        self._keys[layer].index_copy_(2, self._newest, key)
+        self._values[layer].index_copy_(2, self._newest, value)
+        return self._keys[layer], self._values[layer]

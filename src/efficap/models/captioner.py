@@ -5,6 +5,7 @@ B images, K captions of each, T tokens, N latent positions, D width, V vocabular
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from efficap.errors import InputError
 from efficap.models.bridge import Bridge
-from efficap.models.cache import DecodingCache
+from efficap.models.cache import DecodingCache, FixedCache
 from efficap.models.encoder import ImageEncoder
 from efficap.models.gpt2 import GPT2
 from efficap.models.original import DECODER, OriginalBridge
@@ -52,6 +53,8 @@ class CaptionModel(nn.Module):
         self.bridge = (Bridge if arithmetic == "gpt2" else OriginalBridge)(
             channels=self.encoder.channels, grid=self.encoder.grid, width=decoder["n_embd"], **bridge
         )
+        self._compiled_step: Callable[[Tensor, DecodingCache], Tensor] | None = None
+        self._pictures = 0  # of a batch that is decoded, once that is compiled
 
     def checkpoint_gradients(self) -> None:
         """From now on train with less memory, and about a third more work: layers are computed again for gradients."""
@@ -68,6 +71,15 @@ class CaptionModel(nn.Module):
         self.bridge.compile()
         for block in self.decoder.h:
             block.get_submodule("mlp").compile(dynamic=True)
+
+    def compile_decoding(self) -> None:
+        """From now on decode through torch.compile, with the same shapes in every batch and step: all is compiled once.
+
+        A batch that is smaller than the largest so far is filled up, and pictures that are done stay in it.
+        """
+        self.encoder.compile(dynamic=False)
+        self.bridge.compile(dynamic=False)
+        self._compiled_step = torch.compile(self.decoder.step, dynamic=False)
 
     def encode(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) uint8 pictures, or the (B, C, h, w) feature maps of such, to their (B, N, D) memory."""
@@ -104,7 +116,7 @@ class CaptionModel(nn.Module):
         memory = self.decoder.project_memory(self.encode(images))
         return self.decoder.cross_attention(tokens.flatten(0, 1), memory).unflatten(0, tokens.shape[:2])
 
-    def start(self, images: Tensor, max_tokens: int) -> DecodingState:
+    def start(self, images: Tensor, max_tokens: int) -> DecodingState | FixedDecodingState:
         """Encode (B, 3, H, W) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
 
         Raises:
@@ -115,7 +127,13 @@ class CaptionModel(nn.Module):
                 f"decoding.max_tokens={max_tokens} is more than the decoder's "
                 f"model.decoder.n_positions={self.decoder.wpe.num_embeddings}"
             )
-        return DecodingState(self.decoder, self.encode(images), max_tokens)
+        if self._compiled_step is None:
+            return DecodingState(self.decoder, self.encode(images), max_tokens)
+        self._pictures = max(self._pictures, len(images))
+        filled = images.new_zeros(self._pictures, *images.shape[1:])
+        filled[: len(images)] = images
+        memory = self.encode(filled)
+        return FixedDecodingState(self.decoder, memory, max_tokens, len(images), self._compiled_step)
 
 
 class DecodingState:
@@ -132,4 +150,46 @@ class DecodingState:
         """Feed each row's newest token, (R,); returns (R, V) logits. See `efficap.decoding.Step`."""
         if parents is not None:
             self.cache.follow(parents, images)
+        self.cache.advance(1)
         return self.decoder.step(ids, self.cache)
+
+
+class FixedDecodingState:
+    """The same, but with the rows of all pictures in every step, also of those that are done and of those that fill up.
+
+    Args:
+        memory: (B, N, D), of which only the first `pictures` are asked for.
+        step: compiled from the decoder's. Before the rows of a picture are known, in the prompt, it is not used.
+    """
+
+    def __init__(
+        self,
+        decoder: GPT2,
+        memory: Tensor,
+        max_tokens: int,
+        pictures: int,
+        step: Callable[[Tensor, DecodingCache], Tensor],
+    ) -> None:
+        self.decoder, self.step = decoder, step
+        keys_and_values = [(k.contiguous(), v.contiguous()) for k, v in decoder.project_memory(memory)]
+        self.cache = FixedCache(keys_and_values, max_tokens, decoder.empty_slot)
+        self.open = torch.arange(
+            pictures, device=memory.device
+        )  # places of the pictures that are still asked for
+
+    def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None = None) -> Tensor:
+        """As `DecodingState`."""
+        if images is not None:
+            self.open = self.open[images]
+        of_open = ids.view(len(self.open), -1)  # (B', G)
+        shape = len(self.cache.memory[0][0]), of_open.shape[1]  # B, G
+        if parents is not None:
+            own = parents.new_zeros(shape)  # rows of pictures that are done may follow any
+            own[self.open] = parents.view_as(of_open) % self.cache.rows
+            self.cache.follow(own.flatten(), None)
+        every = ids.new_zeros(shape)
+        every[self.open] = of_open
+        self.cache.advance(1)
+        step = self.decoder.step if parents is None else self.step
+        logits = step(every.flatten(), self.cache)  # (B*G, V)
+        return logits.view(*shape, -1)[self.open].flatten(0, 1)

@@ -105,16 +105,14 @@ class GPT2(nn.Module):
         Args:
             tokens: (R, T) int64; with a `cache`, the tokens that follow those in it.
             memory: what `project_memory` returned for the B images of these rows.
-            cache: extended in place by these tokens.
+            cache: with room for these tokens, which are written to it.
             packing: of these rows; then only valid tokens are worked on, and the result is (n, D).
         """
         if packing:
             tokens, positions = tokens.flatten()[packing.places], packing.positions  # (n,) each
         else:
-            past = cache.length if cache else 0
-            positions = torch.arange(past, past + tokens.shape[1], device=tokens.device)
-        if cache:
-            cache.advance(tokens.shape[1])
+            length = tokens.shape[1]
+            positions = cache.positions(length) if cache else torch.arange(length, device=tokens.device)
         x = self.drop(self.wte(tokens) + self.wpe(positions))  # (R, T, D), packed (n, D)
         for block, key_value in zip(self.h, cache.memory if cache else memory, strict=True):
             if self.gradient_checkpointing and torch.is_grad_enabled() and cache is None:
@@ -141,7 +139,7 @@ class GPT2(nn.Module):
         return F.linear(hidden, self.wte.weight)
 
     def step(self, ids: Tensor, cache: DecodingCache) -> Tensor:
-        """Feed the newest token of each row, (R,); returns the (R, V) logits of the next one."""
+        """Feed each row's newest token, (R,), for which `cache` has room; returns the (R, V) logits of the next one."""
         return self.logits(self(ids[:, None], cache.memory, cache)[:, -1])
 
 
