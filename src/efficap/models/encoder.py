@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from efficap.errors import InputError
 from efficap.hub import hub_files
+from efficap.models.depthwise import use_float32_gradients
 
 MIN_IMAGE_SIZE = 32  # one position of a stride-32 feature map
 _WAY_OUT = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
@@ -110,6 +111,7 @@ class ImageEncoder(nn.Module):
             )
         _check_name(name)
         self.backbone = timm.create_model(name, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+        use_float32_gradients(self.backbone)
         self.backbone.to(memory_format=torch.channels_last)
         self.frozen = False
         self.freeze(frozen)

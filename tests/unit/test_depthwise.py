@@ -1,0 +1,50 @@
+"""Depthwise convolutions under bfloat16 autocast against the same in float32."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from torch import Tensor, nn
+
+from efficap.models.depthwise import DepthwiseConv2d, use_float32_gradients
+
+
+def gradients(conv: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+    """The result, and the gradients of the input and the weight, in float32."""
+    x = x.clone().requires_grad_()
+    y = conv(x)
+    of_x, of_weight = torch.autograd.grad(y, (x, conv.weight), gradient.to(y.dtype))
+    return y.float(), of_x.float(), of_weight.float()
+
+
+@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (5, 2)])
+def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(
+    kind: type[nn.Conv2d], kernel_size: int, stride: int
+) -> None:
+    padding = {} if kind is Conv2dSame else {"padding": kernel_size // 2}
+    exact = kind(8, 8, kernel_size, stride, groups=8, bias=False, **padding)
+    x = torch.randn(4, 8, 11, 11).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(exact(x))
+    expected = gradients(exact, x, gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(DepthwiseConv2d(exact), x, gradient)
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnetv2_b0"])
+def test_a_backbone_keeps_its_weights_their_names_and_what_it_computes(name: str) -> None:
+    torch.manual_seed(0)
+    before = timm.create_model(name, num_classes=0, global_pool="")
+    after = timm.create_model(name, num_classes=0, global_pool="")
+    after.load_state_dict(before.state_dict())
+    use_float32_gradients(after)
+    replaced = sum(isinstance(module, DepthwiseConv2d) for module in after.modules())
+    assert replaced == sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in before.modules())
+    assert list(after.state_dict()) == list(before.state_dict())
+    assert [p.shape for p in after.parameters()] == [p.shape for p in before.parameters()]
+    x = torch.randn(2, 3, 64, 64)
+    assert torch.equal(after.forward_features(x), before.forward_features(x))
