@@ -2,61 +2,37 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import sys
-import warnings
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import Logger
 
-from efficap.commands.init_from import load_from, with_model_of
+from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
 from efficap.commands.loggers import build_loggers, finish_wandb
-from efficap.commands.resume import (
-    is_finished,
-    leave_no_trace,
-    log_until,
-    named_run,
-    same_run,
-    with_settings_of,
-)
+from efficap.commands.resume import is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
+from efficap.commands.settings import resolved_settings
+from efficap.commands.trainer import (
+    build_callbacks,
+    build_trainer,
+    check_trainer,
+    leave_out_lightnings_chatter,
+)
 from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
-from efficap.models.build import (
-    build_model,
-    load_pretrained_parts,
-    preprocessing,
-    resolve_model,
-)
+from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
-from efficap.training.checkpoints import ResumePoint, Stopped, checkpoint_of
-from efficap.training.ema import ExponentialMovingAverage
+from efficap.training.checkpoints import Stopped, checkpoint_of
 from efficap.training.feature_cache import cache_features, check_feature_cache
 from efficap.training.objective import build_module, check_objective
 from efficap.training.summary import print_summary
-
-_PATHS = {
-    "table",
-    "image_dir",
-    "root",
-    "quarantine",
-    "shards",
-    "val_shards",
-    "test_shards",
-    "index_dir",
-    "feature_cache_dir",
-}
 
 
 def train(cfg: dict[str, Any]) -> Path:
@@ -65,10 +41,10 @@ def train(cfg: dict[str, Any]) -> Path:
     Raises:
         InputError: before the first step, whatever can be known to be wrong by then.
     """
-    _leave_out_lightnings_chatter()
+    leave_out_lightnings_chatter()
     asked = Path(cfg["output_dir"])
     with recorded(asked):
-        resolved, init_from, resumed = _resolved(cfg)
+        resolved, init_from, resumed = resolved_settings(cfg)
         run_dir = Path(resolved["output_dir"])
         if resumed and resumed.path != asked.resolve():
             leave_no_trace(asked)
@@ -82,7 +58,7 @@ def train(cfg: dict[str, Any]) -> Path:
 def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
     model, run_dir = cfg["model"], Path(cfg["output_dir"])
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
-    _check_numbers(cfg["trainer"])
+    check_trainer(cfg["trainer"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
     check_objective(cfg["training"])
@@ -123,7 +99,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     module = build_module(cfg, captioner, tokenizer, decoding, data)
     try:
         loggers = build_loggers(cfg, run_dir, log)
-        trainer = _build_trainer(cfg["trainer"], loggers, _build_callbacks(cfg, run_dir, data), run_dir)
+        trainer = build_trainer(cfg["trainer"], loggers, build_callbacks(cfg, run_dir, data), run_dir)
         trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
     except Stopped as stopped:
         finish_wandb(exit_code=stopped.exit_status)
@@ -138,20 +114,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     print(f"run directory: {run_dir}")
 
 
-def _resolved(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None]:
-    """The settings with all that they leave to other things, the run to start from, and the run to go on with."""
-    resumed = named_run(cfg)
-    if resumed:
-        cfg = with_settings_of(resumed, cfg)
-    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
-    if not resumed:
-        cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
-        cfg = {**cfg, "data": _with_absolute_paths(cfg["data"])}
-        resumed = same_run(cfg)
-        cfg = with_settings_of(resumed, cfg) if resumed else cfg
-    return cfg, init_from, resumed
-
-
 def _tokenizer(
     settings: dict[str, Any], data: CaptionData, resumed: RunDirectory | None, init_from: RunDirectory | None
 ) -> CaptionTokenizer:
@@ -160,46 +122,6 @@ def _tokenizer(
     if init_from and settings == init_from.config["model"]["tokenizer"]:
         return init_from.tokenizer()
     return build_tokenizer(settings, data)
-
-
-def _leave_out_lightnings_chatter() -> None:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*irectory .* exists and is not empty"
-    )  # Hydra's files, a resumed run
-    warnings.filterwarnings(
-        "ignore", message=".*LeafSpec.* is deprecated"
-    )  # Lightning's own, under torch 2.15
-    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the data module counts
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
-    warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
-
-
-def _check_numbers(trainer: dict[str, Any]) -> None:
-    """Raises InputError where a number that Lightning only uses later is none."""
-    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps"):
-        if not isinstance(trainer[key], int) or trainer[key] < -1:
-            raise InputError(f"trainer.{key}={trainer[key]} must be a whole number")
-    clip = trainer["gradient_clip_val"]
-    if clip is not None and (not isinstance(clip, int | float) or clip < 0):
-        raise InputError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null")
-
-
-def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
-    """The data settings as the run directory keeps them, so that it evaluates from any folder."""
-    data = {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
-    if "sources" in data:
-        data["sources"] = {name: _with_absolute_paths(source) for name, source in data["sources"].items()}
-    return data
-
-
-def _absolute(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _absolute(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_absolute(below) for below in value]
-    return str(Path(value).expanduser().absolute()) if isinstance(value, str) else value
 
 
 def build_tokenizer(settings: dict[str, Any], data: CaptionData) -> CaptionTokenizer:
@@ -232,39 +154,3 @@ def _print_plan(
     )
     for note in data.notes():
         print(note)
-
-
-def _build_trainer(
-    settings: dict[str, Any], loggers: list[Logger], callbacks: list[Callback], run_dir: Path
-) -> pl.Trainer:
-    settings = dict(settings)
-    if settings["precision"] is None:
-        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
-        settings["precision"] = (
-            "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
-    if settings["enable_progress_bar"]:
-        callbacks = [*callbacks, ProgressBar()]
-    return pl.Trainer(
-        **settings,
-        default_root_dir=run_dir,
-        logger=loggers,
-        callbacks=callbacks,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the loaders share themselves out
-        enable_model_summary=False,
-    )
-
-
-def _build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> list[Callback]:
-    pictures = functools.partial(data.picture, "val")
-    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
-    if cfg["training"]["ema_decay"] is not None:
-        callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
-    return [
-        *callbacks,
-        RunMetrics(run_dir),
-        SampleCaptions(run_dir, pictures),
-        ResumePoint(run_dir, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
-        BestCheckpoint(run_dir),
-    ]

@@ -1,0 +1,53 @@
+"""The settings of a training, with all that they leave to other things: a run to start from or go on with, folders."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from efficap.commands.init_from import with_model_of
+from efficap.commands.resume import named_run, same_run, with_settings_of
+from efficap.commands.run_dir import RunDirectory
+from efficap.models.build import resolve_model
+
+_PATHS = {
+    "table",
+    "image_dir",
+    "root",
+    "quarantine",
+    "shards",
+    "val_shards",
+    "test_shards",
+    "index_dir",
+    "feature_cache_dir",
+}
+
+
+def resolved_settings(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None]:
+    """The settings with all that they leave to other things, the run to start from, and the run to go on with."""
+    resumed = named_run(cfg)
+    if resumed:
+        cfg = with_settings_of(resumed, cfg)
+    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
+    if not resumed:
+        cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
+        cfg = {**cfg, "data": _with_absolute_paths(cfg["data"])}
+        resumed = same_run(cfg)
+        cfg = with_settings_of(resumed, cfg) if resumed else cfg
+    return cfg, init_from, resumed
+
+
+def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
+    """The data settings as the run directory keeps them, so that it evaluates from any folder."""
+    data = {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
+    if "sources" in data:
+        data["sources"] = {name: _with_absolute_paths(source) for name, source in data["sources"].items()}
+    return data
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _absolute(below) for key, below in value.items()}
+    if isinstance(value, list):
+        return [_absolute(below) for below in value]
+    return str(Path(value).expanduser().absolute()) if isinstance(value, str) else value

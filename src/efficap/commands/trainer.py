@@ -1,0 +1,81 @@
+"""Lightning's Trainer as a training needs it: checked settings, callbacks, and none of its chatter."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+
+from efficap.data.module import CaptionData
+from efficap.errors import InputError
+from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
+from efficap.training.checkpoints import ResumePoint
+from efficap.training.ema import ExponentialMovingAverage
+
+
+def leave_out_lightnings_chatter() -> None:
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", message=".*irectory .* exists and is not empty"
+    )  # Hydra's files, a resumed run
+    warnings.filterwarnings(
+        "ignore", message=".*LeafSpec.* is deprecated"
+    )  # Lightning's own, under torch 2.15
+    warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the data module counts
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
+    warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
+
+
+def check_trainer(trainer: dict[str, Any]) -> None:
+    """Raises InputError where a number that Lightning only uses later is none."""
+    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps"):
+        if not isinstance(trainer[key], int) or trainer[key] < -1:
+            raise InputError(f"trainer.{key}={trainer[key]} must be a whole number")
+    clip = trainer["gradient_clip_val"]
+    if clip is not None and (not isinstance(clip, int | float) or clip < 0):
+        raise InputError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null")
+
+
+def build_trainer(
+    settings: dict[str, Any], loggers: list[Logger], callbacks: list[Callback], run_dir: Path
+) -> pl.Trainer:
+    settings = dict(settings)
+    if settings["precision"] is None:
+        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
+        settings["precision"] = (
+            "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+        )
+    if settings["enable_progress_bar"]:
+        callbacks = [*callbacks, ProgressBar()]
+    return pl.Trainer(
+        **settings,
+        default_root_dir=run_dir,
+        logger=loggers,
+        callbacks=callbacks,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the loaders share themselves out
+        enable_model_summary=False,
+    )
+
+
+def build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> list[Callback]:
+    pictures = functools.partial(data.picture, "val")
+    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
+    if cfg["training"]["ema_decay"] is not None:
+        callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
+    return [
+        *callbacks,
+        RunMetrics(run_dir),
+        SampleCaptions(run_dir, pictures),
+        ResumePoint(run_dir, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
+        BestCheckpoint(run_dir),
+    ]
