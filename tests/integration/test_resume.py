@@ -179,6 +179,29 @@ def test_self_critical_training(
     )
 
 
+def test_features_of_a_frozen_encoder_are_not_made_again(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its weights come from elsewhere than the seed: those of the checkpoint must be there first."""
+    data = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(("model", "output_dir"))]
+    cache = [
+        "model.encoder.frozen=true",
+        "data.feature_cache=true",
+        f"data.feature_cache_dir={tmp_path}/maps",
+    ]
+    overrides = [*data, *cache, "checkpoint.every_steps=1", f"init_from={undisturbed}"]
+    said(monkeypatch, *cache)
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 3, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *overrides, f"output_dir={tmp_path / 'run'}"))
+    with monkeypatch.context() as patch:
+        patch.setattr("efficap.training.feature_cache._fill", lambda *_: pytest.fail("encoded again"))
+        said(monkeypatch)
+        train(compose("train", *overrides, f"resume={tmp_path / 'run'}", "output_dir=x"))
+    assert len(list((tmp_path / "maps").iterdir())) == 1
+
+
 @pytest.mark.parametrize("amounts", ["epochs={first: 1, second: 1}", "weights={first: 2, second: 1}"])
 def test_shards_and_tables_mixed(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amounts: str

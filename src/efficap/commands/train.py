@@ -29,7 +29,7 @@ from efficap.evaluation.scores import check_java
 from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import Stopped, checkpoint_of
+from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of
 from efficap.training.feature_cache import cache_features, check_feature_cache
 from efficap.training.objective import build_module, check_objective
 from efficap.training.summary import print_summary
@@ -76,9 +76,14 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     _check_lengths(
         captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
     )
-    if init_from and not resumed:
+    checkpoint = checkpoint_of(resumed.path) if resumed else None
+    if checkpoint:
+        captioner.load_state_dict(
+            captioners_weights(checkpoint)
+        )  # Lightning does so too, but features come first
+    elif init_from:
         load_from(init_from, captioner, tokenizer)
-    elif not resumed:
+    else:
         load_pretrained_parts(captioner, model)
     if cfg["gradient_checkpointing"]:
         captioner.checkpoint_gradients()
@@ -92,7 +97,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         device=choose_device(cfg["trainer"]["accelerator"]),
     )
 
-    checkpoint = checkpoint_of(resumed.path) if resumed else None
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
     write_run(run_dir, {**cfg, "resume": None}, tokenizer)
     _print_plan(captioner, cfg, tokenizer, data)

@@ -21,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.evaluation_loop import RestartStage
+from torch import Tensor
 
 from efficap.errors import InputError
 
@@ -188,6 +189,14 @@ def checkpoint_of(run_dir: Path) -> Path:
         f"resume={run_dir} holds no whole checkpoint to go on from; "
         f"init_from={run_dir} starts a new training from its weights"
     )
+
+
+def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """The captioner's weights in a checkpoint; where there is an average, the averaged ones."""
+    weights: dict[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[
+        "state_dict"
+    ]
+    return {name.removeprefix("captioner."): value for name, value in weights.items()}
 
 
 def damage(file: Path) -> str:
