@@ -13,9 +13,10 @@ from hydra.core.hydra_config import HydraConfig
 
 from efficap.commands.job import is_sweep_job
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
+from efficap.commands.stages import is_of_stages
 from efficap.errors import InputError
 from efficap.training.callbacks import METRICS_FILE
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, stage_of
 
 # What the next step does not depend on, or what says when training ends.
 _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "data.num_workers", "callbacks.")
@@ -77,6 +78,7 @@ def _has_checkpoint(run: RunDirectory) -> bool:
 
 def _compared(config: dict[str, Any]) -> str:
     settings = {key: value for key, value in config.items() if key not in _NOT_COMPARED}
+    settings["stages"] = list((config.get("stages") or {}).items())  # in their order
     return json.dumps(settings, sort_keys=True).replace(str(config["output_dir"]), "")  # loggers have it too
 
 
@@ -96,7 +98,7 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     is_named = cfg["resume"] not in (None, "auto")
     for override in HydraConfig.get().overrides.task if HydraConfig.initialized() and is_named else []:
         key = override.partition("=")[0].lstrip("+")
-        if not key.startswith(_MAY_CHANGE):
+        if not key.startswith(_MAY_CHANGE) or (settings["stages"] and is_of_stages(key)):
             raise InputError(
                 f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
                 f"with init_from={cfg['resume']}"
@@ -121,7 +123,7 @@ def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:
     if not log.is_file():
         return None
     checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    table, steps = pd.read_csv(log), checkpoint["global_step"]
+    table, steps = pd.read_csv(log), stage_of(file).steps + checkpoint["global_step"]
     kept = table["step"] < steps
     if checkpoint["callbacks"]["ResumePoint"]["validation_due"]:  # it will be there again
         scored = [column for column in table.columns if str(column).startswith("val/")]

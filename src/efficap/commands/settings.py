@@ -8,6 +8,7 @@ from typing import Any
 from efficap.commands.init_from import with_model_of
 from efficap.commands.resume import named_run, same_run, with_settings_of
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.stages import with_whole_stages
 from efficap.models.build import resolve_model
 
 _PATHS = {
@@ -31,17 +32,23 @@ def resolved_settings(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory
     init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
     if not resumed:
         cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
-        cfg = {**cfg, "data": _with_absolute_paths(cfg["data"])}
+        cfg = _with_absolute_paths(with_whole_stages(cfg))
         resumed = same_run(cfg)
         cfg = with_settings_of(resumed, cfg) if resumed else cfg
     return cfg, init_from, resumed
 
 
-def _with_absolute_paths(data: dict[str, Any]) -> dict[str, Any]:
-    """The data settings as the run directory keeps them, so that it evaluates from any folder."""
+def _with_absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
+    """The settings as the run directory keeps them, so that it evaluates from any folder."""
+    stages = cfg["stages"] or {}
+    absolute = {name: {**stage, "data": _absolute_data(stage["data"])} for name, stage in stages.items()}
+    return {**cfg, "data": _absolute_data(cfg["data"]), "stages": absolute or None}
+
+
+def _absolute_data(data: dict[str, Any]) -> dict[str, Any]:
     data = {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
     if "sources" in data:
-        data["sources"] = {name: _with_absolute_paths(source) for name, source in data["sources"].items()}
+        data["sources"] = {name: _absolute_data(source) for name, source in data["sources"].items()}
     return data
 
 

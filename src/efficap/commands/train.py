@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,15 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 
+from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
 from efficap.commands.loggers import build_loggers, finish_wandb
 from efficap.commands.resume import is_finished, leave_no_trace, log_until
-from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
+from efficap.commands.run_dir import RunDirectory, check_accelerator, write_run
 from efficap.commands.settings import resolved_settings
-from efficap.commands.trainer import (
-    build_callbacks,
-    build_trainer,
-    check_trainer,
-    leave_out_lightnings_chatter,
-)
+from efficap.commands.stages import naming, stages_of
+from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
 from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
@@ -29,10 +28,11 @@ from efficap.evaluation.scores import check_java
 from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of
-from efficap.training.feature_cache import cache_features, check_feature_cache
-from efficap.training.objective import build_module, check_objective
-from efficap.training.summary import print_summary
+from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
+from efficap.training.feature_cache import check_feature_cache
+from efficap.training.objective import check_objective
+from efficap.training.optim import check_optimizer
+from efficap.training.stage import Stage
 
 
 def train(cfg: dict[str, Any]) -> Path:
@@ -55,56 +55,57 @@ def train(cfg: dict[str, Any]) -> Path:
     return run_dir
 
 
-def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
-    model, run_dir = cfg["model"], Path(cfg["output_dir"])
-    check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
+def check_settings(cfg: dict[str, Any]) -> None:
+    """Check what can be told of the settings of a training, or of a stage, without its data.
+
+    Raises:
+        InputError: a value that is none, out of range, or does not go with another.
+    """
     check_trainer(cfg["trainer"])
+    check_optimizer(**cfg["optimizer"])
+    check_objective(cfg["training"], frozen=cfg["model"]["encoder"]["frozen"])
+
+
+def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
+    run_dir, stages = Path(cfg["output_dir"]), stages_of(cfg)
+    check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
     check_java()
     decoding = build_decoding(cfg["decoding"])
-    check_objective(cfg["training"])
+    for name, settings in stages.items():
+        with naming(name):
+            check_settings(settings)
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
-    if "_target_" not in cfg["data"]:
-        raise InputError("data=base is no data set by itself; take csv, webdataset, mix or demo")
-    data = instantiate(cfg["data"])
-    check_feature_cache(data, frozen=model["encoder"]["frozen"])
-    data.prepare_data()
-    tokenizer = _tokenizer(model["tokenizer"], data, resumed, init_from)
-    data.prepare(tokenizer, **preprocessing(model), splits=["train", "val"])
-    captioner = build_model(model, tokenizer.vocab_size)
-    _check_lengths(
-        captioner, {"data.max_tokens": data.max_tokens, "decoding.max_tokens": decoding.max_tokens}
-    )
+    data = _data(stages)
+    tokenizer = _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from)
+    for its_data, name in _owners(data).items():
+        with naming(name):
+            its_data.prepare(tokenizer, **preprocessing(cfg["model"]), splits=["train", "val"])
+    captioner = build_model(cfg["model"], tokenizer.vocab_size)
+    _check_length(captioner, "decoding.max_tokens", decoding.max_tokens)
+    for name in stages:
+        with naming(name):
+            _check_length(captioner, "data.max_tokens", data[name].max_tokens)
     checkpoint = checkpoint_of(resumed.path) if resumed else None
     if checkpoint:
-        captioner.load_state_dict(
-            captioners_weights(checkpoint)
-        )  # Lightning does so too, but features come first
+        captioner.load_state_dict(captioners_weights(checkpoint))  # features are looked up by them
     elif init_from:
         load_from(init_from, captioner, tokenizer)
     else:
-        load_pretrained_parts(captioner, model)
+        load_pretrained_parts(captioner, cfg["model"])
     if cfg["gradient_checkpointing"]:
         captioner.checkpoint_gradients()
     if cfg["compile"]:
         captioner.compile_parts()
-    cache_features(
-        captioner.encoder,
-        data,
-        name=model["encoder"]["name"],
-        preprocessing=preprocessing(model),
-        device=choose_device(cfg["trainer"]["accelerator"]),
-    )
 
+    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
+    make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
     write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-    _print_plan(captioner, cfg, tokenizer, data)
-    module = build_module(cfg, captioner, tokenizer, decoding, data)
     try:
         loggers = build_loggers(cfg, run_dir, log)
-        trainer = build_trainer(cfg["trainer"], loggers, build_callbacks(cfg, run_dir, data), run_dir)
-        trainer.fit(module, datamodule=data, ckpt_path=checkpoint)
+        fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
     except Stopped as stopped:
         finish_wandb(exit_code=stopped.exit_status)
         print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
@@ -118,43 +119,55 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     print(f"run directory: {run_dir}")
 
 
+def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionData]:
+    """The data of each stage, ready to be read; where settings are equal, the same."""
+    made: dict[str, CaptionData] = {}
+    data = {}
+    for name, cfg in stages.items():
+        with naming(name):
+            if "_target_" not in cfg["data"]:
+                raise InputError("data=base is no data set by itself; take csv, webdataset, mix or demo")
+            key = json.dumps(cfg["data"], sort_keys=True)
+            if key not in made:
+                made[key] = instantiate(cfg["data"])
+            data[name] = made[key]
+            check_feature_cache(data[name], frozen=cfg["model"]["encoder"]["frozen"])
+            data[name].prepare_data()
+    return data
+
+
 def _tokenizer(
-    settings: dict[str, Any], data: CaptionData, resumed: RunDirectory | None, init_from: RunDirectory | None
+    settings: dict[str, Any],
+    data: dict[str | None, CaptionData],
+    resumed: RunDirectory | None,
+    init_from: RunDirectory | None,
 ) -> CaptionTokenizer:
     if resumed:
         return resumed.tokenizer()
     if init_from and settings == init_from.config["model"]["tokenizer"]:
         return init_from.tokenizer()
-    return build_tokenizer(settings, data)
-
-
-def build_tokenizer(settings: dict[str, Any], data: CaptionData) -> CaptionTokenizer:
-    """The tokenizer of `settings`: pretrained by name, or learned from the training captions."""
     if settings["name"] is not None:
         return CaptionTokenizer.pretrained(settings["name"])
-    return CaptionTokenizer.learn(data.training_captions(), settings["vocab_size"])
+    return CaptionTokenizer.learn(_captions(data), settings["vocab_size"])
 
 
-def _check_lengths(captioner: CaptionModel, max_tokens: dict[str, int]) -> None:
+def _captions(data: dict[str | None, CaptionData]) -> Iterator[str]:
+    for its_data, name in _owners(data).items():
+        with naming(name):
+            yield from its_data.training_captions()
+
+
+def _owners(data: dict[str | None, CaptionData]) -> dict[CaptionData, str | None]:
+    """Each of the data once, with the first stage that has it."""
+    owners: dict[CaptionData, str | None] = {}
+    for name, its_data in data.items():
+        owners.setdefault(its_data, name)
+    return owners
+
+
+def _check_length(captioner: CaptionModel, setting: str, value: int) -> None:
     n_positions = captioner.decoder.wpe.num_embeddings
-    for setting, value in max_tokens.items():
-        if value > n_positions:
-            raise InputError(
-                f"{setting}={value} must be at most the decoder's model.decoder.n_positions={n_positions}"
-            )
-
-
-def _print_plan(
-    captioner: CaptionModel, cfg: dict[str, Any], tokenizer: CaptionTokenizer, data: CaptionData
-) -> None:
-    print_summary(
-        captioner,
-        cfg["model"],
-        vocab_size=tokenizer.vocab_size,
-        pictures=data.training_size,
-        captions_per_image=data.captions_per_image,
-        max_tokens=data.max_tokens,
-        batch_size=data.batch_size,
-    )
-    for note in data.notes():
-        print(note)
+    if value > n_positions:
+        raise InputError(
+            f"{setting}={value} must be at most the decoder's model.decoder.n_positions={n_positions}"
+        )

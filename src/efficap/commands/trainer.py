@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -43,11 +44,22 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     clip = trainer["gradient_clip_val"]
     if clip is not None and (not isinstance(clip, int | float) or clip < 0):
         raise InputError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null")
+    for key in ("max_time", "val_check_interval"):
+        if isinstance(trainer[key], str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer[key]):
+            raise InputError(
+                f"trainer.{key}={trainer[key]} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours"
+            )
 
 
 def build_trainer(
-    settings: dict[str, Any], loggers: list[Logger], callbacks: list[Callback], run_dir: Path
+    settings: dict[str, Any],
+    loggers: list[Logger],
+    callbacks: list[Callback],
+    run_dir: Path,
+    *,
+    first_step: int,
 ) -> pl.Trainer:
+    """The trainer of a stage, which counts its own steps; loggers are told those of the stages before, too."""
     settings = dict(settings)
     if settings["precision"] is None:
         on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
@@ -56,7 +68,7 @@ def build_trainer(
         )
     if settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar()]
-    return pl.Trainer(
+    trainer = pl.Trainer(
         **settings,
         default_root_dir=run_dir,
         logger=loggers,
@@ -65,17 +77,21 @@ def build_trainer(
         use_distributed_sampler=False,  # the loaders share themselves out
         enable_model_summary=False,
     )
+    trainer.fit_loop.epoch_loop._batches_that_stepped = first_step
+    return trainer
 
 
-def build_callbacks(cfg: dict[str, Any], run_dir: Path, data: CaptionData) -> list[Callback]:
-    pictures = functools.partial(data.picture, "val")
+def build_callbacks(
+    cfg: dict[str, Any], run_dir: Path, data: CaptionData, metrics: RunMetrics
+) -> list[Callback]:
+    stage, pictures = metrics.stage, functools.partial(data.picture, "val")
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
     if cfg["training"]["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
     return [
         *callbacks,
-        RunMetrics(run_dir),
-        SampleCaptions(run_dir, pictures),
-        ResumePoint(run_dir, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
+        metrics,
+        SampleCaptions(run_dir, pictures, first_step=stage.steps),
+        ResumePoint(run_dir, stage, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
         BestCheckpoint(run_dir),
     ]

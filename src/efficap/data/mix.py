@@ -114,6 +114,11 @@ class MixedDataModule(CaptionData):
         self._training = loader
         return loader
 
+    def teardown(self, stage: str) -> None:
+        super().teardown(stage)
+        for source in self._all():
+            source.teardown(stage)
+
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
         self.evaluated.trainer = self.trainer
         return self.evaluated.evaluation_dataloader(split)

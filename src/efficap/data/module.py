@@ -32,11 +32,13 @@ class CaptionData(pl.LightningDataModule, ABC):
         captions_per_image: K.
         max_tokens: longest caption in tokens, BOS and EOS counted.
         batch_size: B of one process.
+        first_epoch: of the training's, that its trainer counts as 0: the order goes on from the stages before.
     """
 
     captions_per_image: int
     max_tokens: int
     batch_size: int
+    first_epoch: int = 0
     _resumed: Place | None = None  # where the first epoch after resuming goes on
     _training: Placed | None = None  # the loader of the training
 
@@ -48,10 +50,14 @@ class CaptionData(pl.LightningDataModule, ABC):
         epoch, batch = state_dict["place"]
         self._resumed = (epoch, batch)
 
+    def teardown(self, stage: str) -> None:
+        """Called by Lightning at the end; processes that load end with their loader."""
+        self._training = self.trainer = None
+
     def _next_place(self) -> Place:
         """The epoch and the batch that the next iteration of the training begins with."""
         place, self._resumed = self._resumed, None
-        epoch = self.trainer.current_epoch if self.trainer else 0
+        epoch = self.first_epoch + (self.trainer.current_epoch if self.trainer else 0)
         return place if place is not None and place[0] == epoch else (epoch, 0)
 
     @abstractmethod

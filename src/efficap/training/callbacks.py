@@ -11,6 +11,7 @@ import os
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from efficap.data.module import CaptionData
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.models.weights import save_weights
 from efficap.training.module import CaptionModule
+from efficap.training.stage import Stage
 
 METRICS_FILE = "metrics.json"
 
@@ -104,18 +106,30 @@ class RunMetrics(Callback):
     """Counts image-caption pairs and their rate, and keeps metrics.json and curves.png up to date.
 
     The rate is of training alone: validations are not counted in its time.
+
+    Args:
+        run_dir: the run directory.
+        stage: of the training.
+        before: of the stage before this one, whose counts go on.
     """
 
-    def __init__(self, run_dir: Path) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path, stage: Stage, before: RunMetrics | None = None) -> None:
+        self.run_dir, self.stage = run_dir, stage
         self.pairs: Tensor | None = None  # on the device: reading it at every step would wait for the step
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
         self.finished = False
         self._resumed_at = 0.0
+        if before is not None:
+            self.load_state_dict(before.state_dict())
 
     def state_dict(self) -> dict[str, Any]:
-        return {"pairs": int(self.pairs or 0), "seconds": self.seconds, "history": self.history}
+        return {
+            "pairs": int(self.pairs or 0),
+            "seconds": self.seconds,
+            "history": self.history,
+            "stage": asdict(self.stage),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pairs = torch.tensor(state_dict["pairs"])
@@ -134,9 +148,12 @@ class RunMetrics(Callback):
     ) -> None:
         pairs = (batch.lengths > 0).sum()
         self.pairs = pairs if self.pairs is None else self.pairs.to(pairs.device) + pairs
-        if trainer.global_step % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        if self._steps(trainer) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
+
+    def _steps(self, trainer: pl.Trainer) -> int:
+        return self.stage.steps + int(trainer.global_step)
 
     def _rate(self) -> float:
         now = time.monotonic()
@@ -150,7 +167,7 @@ class RunMetrics(Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
-        entry: dict[str, float | None] = {"step": trainer.global_step}
+        entry: dict[str, float | None] = {"step": self._steps(trainer)}
         for key, value in trainer.callback_metrics.items():
             if key.startswith("val/"):
                 entry[key] = float(value) if math.isfinite(value) else None  # JSON has no NaN
@@ -161,7 +178,7 @@ class RunMetrics(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._rate()
-            self.finished = True
+            self.finished = self.stage.is_last
             self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
@@ -171,20 +188,21 @@ class RunMetrics(Callback):
             plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
         parameters = list(trainer.lightning_module.parameters())
         data = trainer.datamodule  # type: ignore[attr-defined]
+        # Scores of other stages are of other data, and of weights that this one has gone on from.
+        history = [entry for entry in self.history if (entry["step"] or 0) > self.stage.steps]
         metrics = {
             "finished": self.finished,
-            "steps": trainer.global_step,
-            "epochs": trainer.current_epoch,
+            "stage": self.stage.name,
+            "steps": self._steps(trainer),
+            "epochs": self.stage.epochs + trainer.current_epoch,
             "pairs": int(self.pairs or 0),
             "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
             "training_seconds": self.seconds,
             "left_out": data.left_out() if isinstance(data, CaptionData) else {},
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
-            "best": max(
-                reversed(self.history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None
-            ),
-            "last": self.history[-1] if self.history else None,
+            "best": max(reversed(history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
+            "last": history[-1] if history else None,
         }
         temporary = self.run_dir / f"{METRICS_FILE}.tmp"
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
@@ -197,11 +215,19 @@ class SampleCaptions(Callback):
     Args:
         run_dir: pages go to its folder ``samples``.
         pictures: gives the picture of an image id.
+        first_step: steps of the stages before.
         count: pictures a page, always the same ones.
     """
 
-    def __init__(self, run_dir: Path, pictures: Callable[[str], Path | Image.Image], count: int = 24) -> None:
-        self.run_dir, self.pictures, self.count = run_dir, pictures, count
+    def __init__(
+        self,
+        run_dir: Path,
+        pictures: Callable[[str], Path | Image.Image],
+        *,
+        first_step: int,
+        count: int = 24,
+    ) -> None:
+        self.run_dir, self.pictures, self.first_step, self.count = run_dir, pictures, first_step, count
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or self.count < 1:
@@ -215,12 +241,12 @@ class SampleCaptions(Callback):
             )
             for image_id in chosen
         ]
-        cider = float(trainer.callback_metrics["val/CIDEr"])
+        cider, step = float(trainer.callback_metrics["val/CIDEr"]), self.first_step + trainer.global_step
         with _only_warning("sample captions"):
             write_gallery(
-                self.run_dir / "samples" / f"step_{trainer.global_step:07d}.html",
+                self.run_dir / "samples" / f"step_{step:07d}.html",
                 items,
-                title=f"Step {trainer.global_step}",
+                title=f"Step {step}",
                 subtitle=f"val/CIDEr {cider:.3f}",
             )
             for logger in trainer.loggers:

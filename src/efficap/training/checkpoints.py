@@ -24,6 +24,7 @@ from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 
 from efficap.errors import InputError
+from efficap.training.stage import Stage
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -48,6 +49,7 @@ class ResumePoint(Callback):
 
     Args:
         run_dir: the run directory.
+        stage: of the training.
         seed: with epoch and batch, all chance in a step.
         every_minutes, every_steps: how often; None: not by this.
 
@@ -56,12 +58,12 @@ class ResumePoint(Callback):
     """
 
     def __init__(
-        self, run_dir: Path, *, seed: int, every_minutes: float | None, every_steps: int | None
+        self, run_dir: Path, stage: Stage, *, seed: int, every_minutes: float | None, every_steps: int | None
     ) -> None:
         for name, value in (("every_minutes", every_minutes), ("every_steps", every_steps)):
             if value is not None and not value > 0:
                 raise InputError(f"checkpoint.{name}={value} must be above 0; null: not by this")
-        self.folder, self.seed = run_dir / "checkpoints", seed
+        self.folder, self.stage, self.seed = run_dir / "checkpoints", stage, seed
         self.every_minutes, self.every_steps = every_minutes, every_steps
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
@@ -89,7 +91,8 @@ class ResumePoint(Callback):
     ) -> None:
         self._publish()  # only now, when the step of the checkpoint has been logged
         self._stop_if_asked()
-        name = f"{self.seed} {trainer.global_rank} {trainer.current_epoch} {batch_idx}"
+        epoch = self.stage.epochs + trainer.current_epoch
+        name = f"{self.seed} {trainer.global_rank} {epoch} {batch_idx}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))
 
     def on_train_batch_end(
@@ -125,6 +128,10 @@ class ResumePoint(Callback):
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self._stop_if_asked()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self.stage.is_last:
+            self._stop_if_asked()
 
     def _write(self, trainer: pl.Trainer) -> None:
         temporary = self.folder / f"{LAST}.tmp"
@@ -189,6 +196,12 @@ def checkpoint_of(run_dir: Path) -> Path:
         f"resume={run_dir} holds no whole checkpoint to go on from; "
         f"init_from={run_dir} starts a new training from its weights"
     )
+
+
+def stage_of(checkpoint: Path) -> Stage:
+    """The stage that a checkpoint was written in."""
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    return Stage(**state["callbacks"]["RunMetrics"].get("stage", {}))  # from before there were stages
 
 
 def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -23,10 +23,7 @@ class ExponentialMovingAverage(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise InputError(
-                f"training.ema_decay={decay} must be at least 0 and below 1, such as 0.999; null is no average"
-            )
+        check_decay(decay)
 
         def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
             n = float(count)
@@ -40,3 +37,11 @@ class ExponentialMovingAverage(WeightAveraging):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the model itself is moved there only later
         super().setup(trainer, pl_module, stage)
+
+
+def check_decay(decay: float) -> None:
+    """Raises InputError where `decay` is outside 0 … 1."""
+    if not 0 <= decay < 1:
+        raise InputError(
+            f"training.ema_decay={decay} must be at least 0 and below 1, such as 0.999; null is no average"
+        )

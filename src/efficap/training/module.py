@@ -38,7 +38,7 @@ class CaptionModule(pl.LightningModule):
         captioner: the model.
         tokenizer: decodes what it writes.
         decoding: how it writes in validation.
-        optimizer: keyword arguments of `build_adamw`.
+        optimizer: keyword arguments of `build_adamw`, and ``clip_value``, which each element of a gradient is cut to.
         label_smoothing, token_dropout: of the training loss; the validation loss has none. See `batch_loss`.
         start_size: pixels, from which the pictures grow to their full size; None: they do not. See `growing_size`.
         unfreeze_encoder_at: share of the training, 0 … 1, before which the encoder stays as it is.
@@ -66,14 +66,13 @@ class CaptionModule(pl.LightningModule):
             start_size=start_size,
             unfreeze_encoder_at=unfreeze_encoder_at,
         )
-        if unfreeze_encoder_at is not None and captioner.encoder.frozen:
-            raise InputError(
-                f"training.unfreeze_encoder_at={unfreeze_encoder_at} must not come with model.encoder.frozen=true, "
-                "which freezes it for good; leave out one of the two"
-            )
+        check_unfreezing(unfreeze_encoder_at, frozen=captioner.encoder.frozen)
         self.captioner = captioner
         self.writer = CaptionWriter(captioner, tokenizer, decoding)
         self.optimizer_settings = dict(optimizer)
+        self.clip_value = self.optimizer_settings.pop(
+            "clip_value", None
+        )  # runs from before it was a setting lack it
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
@@ -132,7 +131,9 @@ class CaptionModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip the gradients' norm; Lightning's own refuses a fused optimiser in mixed precision."""
+        """Clip each element, then the norm; Lightning's own refuses a fused optimiser in mixed precision."""
+        if self.clip_value is not None:
+            torch.nn.utils.clip_grad_value_(self.captioner.parameters(), self.clip_value)
         if gradient_clip_val:
             torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
 
@@ -164,6 +165,15 @@ def check_settings(
             raise InputError(f"training.{name}={share} must be at least 0 and below 1")
     if start_size is not None and start_size < STEP:
         raise InputError(f"training.start_size={start_size} must be at least {STEP} pixels; null: no growing")
+
+
+def check_unfreezing(unfreeze_encoder_at: float | None, *, frozen: bool) -> None:
+    """Raises InputError where an encoder is to learn later that is frozen for good."""
+    if unfreeze_encoder_at is not None and frozen:
+        raise InputError(
+            f"training.unfreeze_encoder_at={unfreeze_encoder_at} must not come with model.encoder.frozen=true, "
+            "which freezes it for good; leave out one of the two"
+        )
 
 
 def _gather(mine: dict[str, Any]) -> dict[str, Any]:

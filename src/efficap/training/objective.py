@@ -11,6 +11,7 @@ from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training import module, self_critical
+from efficap.training.ema import check_decay
 from efficap.training.module import CaptionModule
 from efficap.training.self_critical import SelfCriticalModule, caption_reward
 
@@ -25,11 +26,15 @@ _CHECKS: dict[str, Callable[..., None]] = {
 }
 
 
-def check_objective(training: Mapping[str, Any]) -> None:
+def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
     """Check the values of conf/training.
 
+    Args:
+        frozen: whether the encoder is, for good.
+
     Raises:
-        InputError: an unknown objective, an option that is missing, another objective's, or out of range.
+        InputError: an unknown objective, an option that is missing, another objective's, out of range, or one that does
+            not go with a frozen encoder.
     """
     objective = training.get("objective")
     if objective not in _OPTIONS:
@@ -48,6 +53,9 @@ def check_objective(training: Mapping[str, Any]) -> None:
             f"training={objective}"
         )
     _CHECKS[objective](**_options(training))
+    module.check_unfreezing(training.get("unfreeze_encoder_at"), frozen=frozen)
+    if training["ema_decay"] is not None:
+        check_decay(training["ema_decay"])
 
 
 def build_module(

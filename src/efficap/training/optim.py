@@ -104,14 +104,7 @@ def build_adamw(
     Raises:
         InputError: a learning rate or a decay below 0, or a layer decay outside 0 … 1.
     """
-    for setting, value in {
-        **{f"lr.{part}": lr[part] for part in PARTS},
-        "weight_decay": weight_decay,
-    }.items():
-        if value < 0:
-            raise InputError(f"optimizer.{setting}={value} must be at least 0")
-    if not 0 < layer_decay <= 1:
-        raise InputError(f"optimizer.layer_decay={layer_decay} must be above 0 and at most 1; 1: no decay")
+    check_optimizer(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
@@ -121,3 +114,22 @@ def build_adamw(
         return warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
 
     return optimizer, LambdaLR(optimizer, share_of_peak)
+
+
+def check_optimizer(
+    *,
+    lr: Mapping[str, float],
+    weight_decay: float,
+    layer_decay: float,
+    clip_value: float | None = None,
+    **_: Any,
+) -> None:
+    """Raises InputError for a learning rate or a decay below 0, a layer decay outside 0 … 1, or a clip of 0."""
+    rates = {**{f"lr.{part}": lr[part] for part in PARTS}, "weight_decay": weight_decay}
+    for setting, value in rates.items():
+        if value < 0:
+            raise InputError(f"optimizer.{setting}={value} must be at least 0")
+    if not 0 < layer_decay <= 1:
+        raise InputError(f"optimizer.layer_decay={layer_decay} must be above 0 and at most 1; 1: no decay")
+    if clip_value is not None and clip_value <= 0:
+        raise InputError(f"optimizer.clip_value={clip_value} must be above 0; null: no clipping of elements")

@@ -1,0 +1,104 @@
+"""The stages of a training, one after the other, in one run directory and one W&B run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+
+from efficap.commands.run_dir import choose_device
+from efficap.commands.trainer import build_callbacks, build_trainer
+from efficap.data.module import CaptionData
+from efficap.decoding import Decoding
+from efficap.models.build import preprocessing
+from efficap.models.captioner import CaptionModel
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.callbacks import RunMetrics
+from efficap.training.feature_cache import cache_features
+from efficap.training.objective import build_module
+from efficap.training.stage import Stage
+from efficap.training.summary import print_summary
+
+Settings = dict[str, Any]
+
+
+def fit(
+    stages: Mapping[str | None, Settings],
+    stage: Stage,
+    checkpoint: Path | None,
+    data: Mapping[str | None, CaptionData],
+    captioner: CaptionModel,
+    tokenizer: CaptionTokenizer,
+    decoding: Decoding,
+    loggers: list[Logger],
+) -> None:
+    """Train from `stage` on; each other stage starts with the weights that the one before ended with.
+
+    Optimiser, schedule and the search for the best weights start anew in each; steps, epochs, pairs, the log and the
+    order of the data go on.
+
+    Args:
+        stages: the settings of each, by name.
+        stage: to begin with; `make_ready` was called for it.
+        checkpoint: in it, to go on from; None: from its start.
+        data: of each stage, prepared.
+    """
+    names, before = list(stages), None
+    if len(names) > 1:
+        print(f"{len(names)} stages: {', '.join(map(str, names))}")
+    while True:
+        cfg, its_data = stages[stage.name], data[stage.name]
+        run_dir = Path(cfg["output_dir"])
+        if stage.name is not None:
+            print(f"stage {stage.number + 1} of {len(names)}: {stage.name}")
+        _print_plan(captioner, cfg, tokenizer, its_data)
+        its_data.first_epoch = stage.epochs
+        module = build_module(cfg, captioner, tokenizer, decoding, its_data)
+        metrics = RunMetrics(run_dir, stage, before)
+        callbacks = build_callbacks(cfg, run_dir, its_data, metrics)
+        trainer = build_trainer(cfg["trainer"], loggers, callbacks, run_dir, first_step=stage.steps)
+        trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint)
+        if stage.is_last:
+            return
+        stage = stage.next(names, steps=trainer.global_step, epochs=trainer.current_epoch)
+        before, checkpoint = metrics, None
+        make_ready(captioner, stages[stage.name], data[stage.name])
+
+
+def make_ready(captioner: CaptionModel, cfg: Settings, data: CaptionData) -> None:
+    """Let a captioner be as a stage begins: what it freezes frozen, nothing left of another stage, features cached.
+
+    Raises:
+        InputError: features cannot be cached.
+    """
+    captioner.encoder.freeze(cfg["model"]["encoder"]["frozen"])
+    captioner.train()  # self-critical training leaves it in evaluation mode
+    captioner.zero_grad()  # gradients of what is frozen now would be clipped with the others
+    cache_features(
+        captioner.encoder,
+        data,
+        name=cfg["model"]["encoder"]["name"],
+        preprocessing=preprocessing(cfg["model"]),
+        device=choose_device(cfg["trainer"]["accelerator"]),
+    )
+
+
+def _print_plan(
+    captioner: CaptionModel,
+    cfg: dict[str, Any],
+    tokenizer: CaptionTokenizer,
+    data: CaptionData,
+) -> None:
+    print_summary(
+        captioner,
+        cfg["model"],
+        vocab_size=tokenizer.vocab_size,
+        pictures=data.training_size,
+        captions_per_image=data.captions_per_image,
+        max_tokens=data.max_tokens,
+        batch_size=data.batch_size,
+    )
+    for note in data.notes():
+        print(note)
