@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
-from efficap.training.optim import build_adamw, parameter_groups
+from efficap.training.optim import build_adamw, check_optimizer, parameter_groups
 
 LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
 
@@ -95,3 +95,8 @@ def test_the_warm_up_takes_no_more_than_a_tenth_of_a_short_training(captioner: C
 def test_a_negative_rate_is_refused(captioner: CaptionModel) -> None:
     with pytest.raises(InputError, match=r"optimizer.lr.bridge=-1 must be at least 0"):
         adamw(captioner, lambda step: 0.0, lr={**LR, "bridge": -1})
+
+
+def test_a_clip_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(InputError, match=r"optimizer.clip_value=0 must be above 0; null: no clipping"):
+        check_optimizer(lr=LR, weight_decay=0.0, layer_decay=1.0, clip_value=0)
