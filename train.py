@@ -6,9 +6,10 @@ from efficap.commands.entry import run
 
 
 def main(cfg: dict[str, Any]) -> Any:
-    from efficap.commands.train import train  # heavy imports wait until the configuration is composed
+    # heavy imports wait until the configuration is composed
+    from efficap.commands.train import best_score, train
 
-    return train(cfg)
+    return best_score(train(cfg))  # what a sweep that searches aims at
 
 
 if __name__ == "__main__":

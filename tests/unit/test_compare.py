@@ -535,7 +535,9 @@ def test_the_status_tells_how_far_each_job_has_come(
     (tmp_path / "12_a" / "model.safetensors").touch()
     write_run(tmp_path / "13_a")
     task = ["seed=0,1,2,10,11,12,13"]
-    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": {"overrides": {"task": task}}}))
+    (tmp_path / "multirun.yaml").write_text(
+        yaml.safe_dump({"hydra": {"overrides": {"task": task}, "sweeper": {}}})
+    )
     jobs = [(job.folder.name if job.folder else "", job.state, job.overrides) for job in read_jobs(tmp_path)]
     assert jobs == [
         ("0_a", "done", ("seed=0",)),

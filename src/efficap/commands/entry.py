@@ -9,6 +9,7 @@ import hashlib
 import os
 import re
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +24,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
 
 Result = TypeVar("Result")
@@ -41,31 +43,41 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them its own way
 
-    OmegaConf.register_new_resolver("command", _command, replace=True)
-    failed = False
+    # Kept with the configuration: a sweep's jobs in other processes have another command line.
+    OmegaConf.register_new_resolver("command", _command, replace=True, use_cache=True)
+    failed, first = False, os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def main(cfg: DictConfig) -> Result | None:
         nonlocal failed
+        if os.getpid() != first:  # a launcher's
+            tune_process()
         try:
             return function(plain(cfg))
-        except _MISTAKES as error:
-            if wants_traceback:
-                raise
-            failed = True  # and the other jobs of a sweep go on
-            print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
-            return None
+        except Exception as error:
+            is_mistake = isinstance(error, _MISTAKES) and not wants_traceback
+            if is_mistake:
+                print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
+            elif is_recorded_job():
+                traceback.print_exc()
+            if is_recorded_job() or (is_mistake and os.getpid() == first):
+                failed = True  # and the other jobs of a sweep go on
+                return None
+            raise
 
     try:
         main()
-    except _MISTAKES as error:  # in composing
-        if wants_traceback:
-            raise
-        failed = True
-        print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
     except KeyboardInterrupt:
         sys.exit(130)
-    if failed:
+    except Exception as error:  # in composing, or in a launcher
+        if type(error).__module__.startswith(("joblib.", "submitit.")):
+            print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
+        elif wants_traceback or not isinstance(error, _MISTAKES):
+            raise
+        else:
+            print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
+        failed = True
+    if not end_sweep() or failed:
         sys.exit(1)
 
 
@@ -107,6 +119,10 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 def _one_line(error: BaseException, config_name: str) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
         error = error.__cause__
+    if plugin := re.search(
+        r"'(hydra/(?:launcher|sweeper))/(joblib|submitit_local|submitit_slurm|optuna)'", str(error)
+    ):
+        return f"{plugin[1]}={plugin[2]} is a plugin of Hydra's that is not installed: pip install 'efficap[sweep]'"
     if isinstance(error, MissingConfigException) and error.options is not None:
         return _unknown_option(str(error.missing_cfg_file), error.options)
     if isinstance(error, OverrideParseException):

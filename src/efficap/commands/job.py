@@ -12,59 +12,94 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 
+from efficap.commands.sweep import is_sweep_job
+from efficap.errors import InputError
+from efficap.evaluation.compare.jobs import JOB_FILE, is_running
 from efficap.training.checkpoints import Stopped
-
-JOB_FILE = "job.json"
-
-
-def is_sweep_job() -> bool:
-    """Whether this training is one of ``train.py -m``."""
-    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
 
 
 @contextlib.contextmanager
 def recorded(run_dir: Path) -> Iterator[None]:
-    """Keep the state of a sweep's job: ``running``, ``done`` or ``failed``. What is done stays so.
+    """Keep the state of a sweep's job: ``running``, ``done``, ``failed`` or ``interrupted``. What is done stays so.
 
-    A training that is stopped or killed stays ``running``, of a process that is gone.
+    A training that is killed stays ``running``, of a process that is gone.
+
+    Raises:
+        InputError: the directory is not this job's alone.
     """
-    if not is_sweep_job() or _is_done(run_dir):
+    if not is_sweep_job():
         yield
         return
+    hydra = HydraConfig.get()
+    own = Path(hydra.runtime.output_dir)
     job: dict[str, Any] = {
         "state": "running",
-        "overrides": list(HydraConfig.get().overrides.task),
+        "overrides": list(hydra.overrides.task),
         "error": None,
         "started": _now(),
         "ended": None,
         "host": socket.gethostname(),
         "pid": os.getpid(),
     }
-    _write(run_dir, job)
+    if _is_done(own, job):
+        yield
+        return
     try:
+        if run_dir.resolve() != own.resolve():
+            raise InputError(
+                f"output_dir={run_dir} would be that of several jobs; leave it out of a sweep, whose folder "
+                "hydra.sweep.dir=DIR names"
+            )
         yield
     except (Stopped, KeyboardInterrupt, SystemExit):
+        _write(own, {**job, "state": "interrupted", "ended": _now()})
         raise
     except BaseException as error:
         reason = " ".join(str(error).split())[:500] or type(error).__name__
-        _write(run_dir, {**job, "state": "failed", "error": reason, "ended": _now()})
+        _write(own, {**job, "state": "failed", "error": reason, "ended": _now()})
         raise
-    _write(run_dir, {**job, "state": "done", "ended": _now()})
+    _write(own, {**job, "state": "done", "ended": _now()})
 
 
-def _is_done(run_dir: Path) -> bool:
-    file = run_dir / JOB_FILE
-    return file.is_file() and json.loads(file.read_text())["state"] == "done"
+def _is_done(folder: Path, job: dict[str, Any]) -> bool:
+    """Whether the job was done before; where it was not, its folder is this process's from now on."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / JOB_FILE
+    try:
+        with file.open("x") as new:  # of two jobs that begin together, one
+            new.write(_text(job))
+        return False
+    except FileExistsError:
+        text = file.read_text()
+    try:
+        earlier = json.loads(text) if text else {"overrides": None}  # the other one is just about to write it
+    except ValueError as error:
+        raise InputError(f"{file} is damaged; remove it") from error
+    if earlier["overrides"] != job["overrides"]:
+        raise InputError(
+            f"{folder} is another job's already; hydra.sweep.dir=DIR gives this sweep a folder of its own, and "
+            "hydra.sweep.subdir, left as it is, each job"
+        )
+    if earlier["pid"] != os.getpid() and is_running(earlier):
+        raise InputError(
+            f"{folder}: process {earlier['pid']} of {earlier['host']} is training in it; wait for its end, or end it"
+        )
+    if earlier["state"] == "done":
+        return True
+    _write(folder, job)
+    return False
 
 
 def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _write(run_dir: Path, job: dict[str, Any]) -> None:
-    run_dir.mkdir(parents=True, exist_ok=True)
-    temporary = run_dir / f"{JOB_FILE}.tmp"
-    temporary.write_text(json.dumps(job, indent=2) + "\n")
-    os.replace(temporary, run_dir / JOB_FILE)
+def _text(job: dict[str, Any]) -> str:
+    return json.dumps(job, indent=2) + "\n"
+
+
+def _write(folder: Path, job: dict[str, Any]) -> None:
+    temporary = folder / f"{JOB_FILE}.tmp"
+    temporary.write_text(_text(job))
+    os.replace(temporary, folder / JOB_FILE)

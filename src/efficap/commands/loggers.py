@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import sys
-import warnings
+import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
-from hydra.types import RunMode
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
 
-_WANDB_ID = "wandb_id"
+from efficap.commands.provenance import provenance, without_secrets
+from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
+from efficap.commands.sweep import is_sweep_job
+from efficap.models.weights import WEIGHTS_FILE
+from efficap.training.callbacks import METRICS_FILE
+
+_WANDB_FILE = "wandb.json"  # in a run directory: which of W&B's runs it is
 
 
 def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) -> list[Logger]:
@@ -26,38 +34,79 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     loggers: list[Logger] = [_metrics_csv(run_dir, log)]
     if cfg["logger"]:
         is_wandb = cfg["logger"]["_target_"].endswith("WandbLogger")
-        logger = instantiate(_wandb_settings(cfg["logger"], run_dir) if is_wandb else cfg["logger"])
-        logger.log_hyperparams(cfg)
-        if is_wandb and logger.experiment.id:
-            (run_dir / _WANDB_ID).write_text(logger.experiment.id)
+        logger = _wandb_logger(cfg["logger"], run_dir) if is_wandb else instantiate(cfg["logger"])
+        told = without_secrets({**cfg, "provenance": provenance()})
+        if is_wandb and getattr(
+            logger.experiment, "sweep_id", None
+        ):  # what W&B's agent has set, it lets nobody change
+            swept = set(logger.experiment.config.keys())
+            told = {f"{key}_settings" if key in swept else key: value for key, value in told.items()}
+        logger.log_hyperparams(told)
         loggers.append(logger)
     return loggers
 
 
-def _wandb_settings(settings: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """Those of the configuration, the mode found, tagged by the choices that were made and grouped by sweep."""
-    found: dict[str, Any] = {"mode": settings["mode"] or _wandb_mode()}
-    if (run_dir / _WANDB_ID).is_file():  # gone on with: W&B goes on with its run too
-        found |= {"id": (run_dir / _WANDB_ID).read_text(), "resume": "allow"}
+def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> Logger:
+    """W&B's, its run begun: offline where it cannot be had online."""
+    import wandb
+
+    settings = {key: value for key, value in settings.items() if key != "artifact"} | _wandb_run(run_dir)
+    settings["name"] = without_secrets(settings["name"])
+    mode = settings["mode"] or os.environ.get("WANDB_MODE")  # as it is now: W&B reads it once in a process
+    mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    try:
+        if mode == "online":
+            _reach(wandb.setup().settings.base_url)
+        logger = instantiate({**settings, "mode": mode})
+        run = logger.experiment
+    except (OSError, wandb.Error) as error:
+        if mode != "online":
+            raise
+        print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
+        logger = instantiate({**settings, "mode": "offline"})
+        run = logger.experiment
+    if run.id:
+        kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
+        (run_dir / _WANDB_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+    return logger
+
+
+def _reach(url: str) -> None:
+    """Raises OSError where nothing answers at `url`; W&B itself would try for a minute and a half."""
+    try:
+        with contextlib.suppress(urllib.error.HTTPError):  # an answer, too
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=10).close()
+    except OSError as error:
+        raise OSError(f"{url} does not answer: {getattr(error, 'reason', error)}") from error
+
+
+def _wandb_run(run_dir: Path) -> dict[str, Any]:
+    """What tells the run from others: a new one is tagged by the choices that were made, and a sweep's grouped."""
+    file = run_dir / _WANDB_FILE
+    if file.is_file():  # gone on with: W&B goes on with its run too
+        return {**json.loads(file.read_text()), "resume": "allow"}
+    found: dict[str, Any] = {}
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
         found["tags"] = [str(hydra.runtime.choices[group]) for group in ("model", "data")]
-        if hydra.mode == RunMode.MULTIRUN:
-            found["group"] = Path(hydra.sweep.dir).name
-    return {**settings, **found}
+        if is_sweep_job():
+            found |= {
+                "group": Path(hydra.sweep.dir).name[:128],
+                "name": run_dir.name,
+            }  # W&B takes no longer one
+    return found
 
 
-def _wandb_mode() -> str:
-    """WANDB_MODE where it is set, online where a key is known, else offline."""
-    import wandb
-
-    if mode := os.environ.get("WANDB_MODE"):
-        return mode  # as it is now: W&B itself reads it once in a process
-    try:
-        return "online" if wandb.login(prompt=False) else "offline"
-    except wandb.Error as error:
-        warnings.warn(f"W&B cannot be reached, going on offline: {error}", stacklevel=2)
-        return "offline"
+def log_artifact(settings: dict[str, Any], run_dir: Path) -> None:
+    """The run's best weights, tokenizer and settings as W&B's artifact, where the logger's settings ask for it."""
+    wandb = sys.modules.get("wandb")
+    if not settings.get("artifact") or wandb is None or wandb.run is None:
+        return
+    artifact = wandb.Artifact(f"captioner-{wandb.run.id}", type="model")
+    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
+        artifact.add_file(str(run_dir / name))
+    artifact.add_dir(str(run_dir / TOKENIZER_DIR), name=TOKENIZER_DIR)
+    wandb.run.log_artifact(artifact, aliases=["best"])
 
 
 def finish_wandb(exit_code: int) -> None:

@@ -11,9 +11,9 @@ import pandas as pd
 import torch
 from hydra.core.hydra_config import HydraConfig
 
-from efficap.commands.job import is_sweep_job
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
 from efficap.commands.stages import is_of_stages
+from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, stage_of

@@ -15,7 +15,7 @@ from hydra.utils import instantiate
 from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
-from efficap.commands.loggers import build_loggers, finish_wandb
+from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.resume import is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, write_run
 from efficap.commands.settings import resolved_settings
@@ -28,6 +28,7 @@ from efficap.evaluation.scores import check_java
 from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
@@ -64,6 +65,13 @@ def check_settings(cfg: dict[str, Any]) -> None:
     check_trainer(cfg["trainer"])
     check_optimizer(**cfg["optimizer"])
     check_objective(cfg["training"], frozen=cfg["model"]["encoder"]["frozen"])
+
+
+def best_score(run_dir: Path) -> float | None:
+    """The best ``val/CIDEr`` of a run; None where it was never validated."""
+    file = run_dir / METRICS_FILE
+    best = json.loads(file.read_text())["best"] if file.is_file() else None
+    return best and best["val/CIDEr"]
 
 
 def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
@@ -115,6 +123,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
             print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
         raise
+    log_artifact(cfg["logger"], run_dir)
     finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")
 

@@ -8,6 +8,8 @@ import itertools
 import json
 import math
 import os
+import resource
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -151,6 +153,7 @@ class RunMetrics(Callback):
         if self._steps(trainer) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
+            pl_module.log("train/memory_gib", _peak_memory() / 2**30)
 
     def _steps(self, trainer: pl.Trainer) -> int:
         return self.stage.steps + int(trainer.global_step)
@@ -207,6 +210,14 @@ class RunMetrics(Callback):
         temporary = self.run_dir / f"{METRICS_FILE}.tmp"
         temporary.write_text(json.dumps(metrics, indent=2) + "\n")
         os.replace(temporary, self.run_dir / METRICS_FILE)
+
+
+def _peak_memory() -> int:
+    """The most bytes so far: of the GPU's tensors, or, without one, of this process in main memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 class SampleCaptions(Callback):

@@ -131,11 +131,12 @@ class CaptionModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each element, then the norm; Lightning's own refuses a fused optimiser in mixed precision."""
+        """Clip each element, then the norm, which is logged; Lightning's own refuses a fused optimiser in bfloat16."""
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.captioner.parameters(), self.clip_value)
         if gradient_clip_val:
-            torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
+            norm = torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
+            self.log("train/grad_norm", norm)  # a tensor: no step waits for it
 
     def _progress(self, step: int) -> float:
         """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""

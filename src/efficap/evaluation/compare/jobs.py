@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 JOB_FILE = "job.json"
 WEIGHTS_FILE = "model.safetensors"
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's own record of a sweep
-STATES = ("running", "done", "failed")
+STATES = ("running", "done", "failed", "interrupted")
 _STYLES = {"done": "green", "failed": "red", "interrupted": "yellow"}
 
 
@@ -33,8 +33,8 @@ class Job:
 
     Attributes:
         folder: its run directory; None where it has none yet.
-        state: ``done``, ``failed``, ``running``, ``interrupted`` (it says running, but its process is gone), ``not
-            started``, or ``unknown`` (weights without a record).
+        state: ``done``, ``failed``, ``running``, ``interrupted`` (by a signal; or it says running, but its process is
+            gone), ``not started``, or ``unknown`` (weights without a record).
         overrides: what the sweep sets for it.
         error: of a failed one.
         started, ended: in the time of this machine's zone, to the second; empty where unknown.
@@ -89,7 +89,7 @@ def _job(folder: Path) -> Job:
         state = record["state"]
         if state not in STATES:
             raise ValueError(f"state {state!r} is none of {', '.join(STATES)}")
-        if state == "running" and record["host"] == socket.gethostname() and not _alive(int(record["pid"])):
+        if state == "running" and not is_running(record):
             state = "interrupted"
         return Job(
             folder,
@@ -110,14 +110,31 @@ def _local(iso: str | None) -> str:
     return f"{datetime.fromisoformat(iso).astimezone():%Y-%m-%d %H:%M:%S}" if iso else ""
 
 
-def _alive(pid: int) -> bool:
+def is_running(record: dict[str, Any]) -> bool:
+    """Whether the process of a job's record is still at it; of another machine's, what the record says."""
+    if record["state"] != "running" or record["host"] != socket.gethostname():
+        return bool(record["state"] == "running")
+    pid = int(record["pid"])
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:  # another user's
-        return True
-    return True
+        pass
+    begun = _begun(
+        pid
+    )  # a later process has the number of one that is gone, after a restart of the machine above all
+    return begun is None or begun <= datetime.fromisoformat(record["started"]).timestamp() + 2
+
+
+def _begun(pid: int) -> float | None:
+    """When a process began, in seconds since 1970; None on a system without /proc."""
+    try:
+        ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        boot = re.search(r"^btime (\d+)$", Path("/proc/stat").read_text(), re.MULTILINE)
+    except (OSError, ValueError, IndexError):
+        return None
+    return int(boot[1]) + ticks / os.sysconf("SC_CLK_TCK") if boot else None
 
 
 def _hydras_overrides(folder: Path) -> tuple[str, ...]:
@@ -135,15 +152,16 @@ def _planned(file: Path) -> list[tuple[str, ...]]:
     from hydra.errors import HydraException
 
     try:
-        given = _yaml(file)["hydra"]["overrides"]["task"]
-        overrides = OverridesParser.create().parse_overrides(list(given))
+        hydra = _yaml(file)["hydra"]
+        swept = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
+        overrides = OverridesParser.create().parse_overrides([*swept, *hydra["overrides"]["task"]])
         [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     except (
         KeyError,
         TypeError,
         ValueError,
         HydraException,
-    ):  # another sweeper's: what is planned is not known
+    ):  # no record of a grid: what is planned is not known
         return []
     return [tuple(job) for job in batch]
 
@@ -155,14 +173,18 @@ def _yaml(file: Path) -> Any:
         raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
+def count_states(jobs: Sequence[Job]) -> str:
+    """How many jobs are in each state, such as ``2 done, 1 failed``."""
+    states = [job.state for job in jobs]
+    return ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+
+
 def jobs_table(sweep: Path, jobs: Sequence[Job]) -> Table:
     """The jobs for the screen, with the number of each state above, and of the overrides those that not all have."""
     from rich.table import Table
     from rich.text import Text
 
-    states = [job.state for job in jobs]
-    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    table = Table(title=Text(f"{sweep}: {counts}"))
+    table = Table(title=Text(f"{sweep}: {count_states(jobs)}"))
     for name in ("job", "state", "overrides", "started", "ended", "error"):
         table.add_column(name, overflow="fold", no_wrap=name == "state")
     of_all = set.intersection(*(set(job.overrides) for job in jobs)) if len(jobs) > 1 else set()
