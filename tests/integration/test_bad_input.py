@@ -158,6 +158,25 @@ def test_one_jobs_mistake_leaves_the_sweep_going_and_its_exit_code_tells(
     assert len(list((tmp_path / "outputs").rglob("model.safetensors"))) == 1
 
 
+@pytest.mark.parametrize(
+    ("swept", "message"),
+    [
+        ("model=tiny,nope", "error: model=nope is not known; there are large, medium, small, tiny, xl"),
+        ("modell=tiny,small", "error: modell is no setting here; nearest: model"),
+        ("trainer.max_epoch=1,2", "error: trainer.max_epoch is no setting here; nearest: trainer.max_epochs"),
+        ("hydra/launcher=paralel", "error: hydra/launcher=paralel is not known; nearest: parallel"),
+        ("sweep=nope", "error: sweep=nope is not known; there are learning_rate"),
+    ],
+)
+def test_a_sweep_over_what_is_not_there_is_told_in_one_line(
+    swept: str, message: str, run: Callable[..., tuple[int, str]]
+) -> None:
+    status, stderr = run("train.py", "-m", swept)
+    assert status == 1
+    assert stderr.startswith(message)
+    assert stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("script", ["train.py", "eval.py", "caption.py"])
 def test_help_names_the_groups_and_the_commands(script: str, tmp_path: Path) -> None:
     result = run_alone(script, "--help", cwd=tmp_path)

@@ -78,7 +78,7 @@ def terminate() -> None:
 
 def log_of(run: Path) -> pd.DataFrame:
     """The logged values that do not depend on the clock, a row for each step."""
-    table = pd.read_csv(run / "metrics.csv").drop(columns="train/pairs_per_second")
+    table = pd.read_csv(run / "metrics.csv").drop(columns=["train/pairs_per_second", "train/memory_gib"])
     return table.groupby("step").first().dropna(axis=1, how="all")
 
 

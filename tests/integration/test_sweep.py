@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
@@ -11,70 +13,166 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import tiny_overrides, write_colour_table
+from wandb_files import OfflineRun, finished_run
 
 from efficap.commands.entry import _command
+from efficap.evaluation.compare.jobs import read_jobs
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
 
-def jobs(sweep: Path) -> dict[str, Any]:
-    return {file.parent.name[0]: json.loads(file.read_text()) for file in sorted(sweep.glob("*/job.json"))}
+class Sweep:
+    """A sweep of tiny trainings, each on a folder of the same pictures of its own.
+
+    Args:
+        path: of what it needs and leaves.
+        without: the numbers of the jobs whose folder is missing, so that they fail.
+        settings: of the command line.
+    """
+
+    def __init__(self, path: Path, *settings: str, jobs: int, without: tuple[int, ...] = ()) -> None:
+        table = write_colour_table(path / "colours")
+        self.folder, self.pictures = path / "sweep", [path / f"pictures{number}" for number in range(jobs)]
+        for number, pictures in enumerate(self.pictures):
+            if number not in without:
+                pictures.symlink_to(table / "images")
+        own = ("output_dir", "name", "logger", "data.image_dir")
+        shared = [o for o in tiny_overrides(table, path) if not o.startswith(own)]
+        swept = f"data.image_dir={','.join(map(str, self.pictures))}"
+        self.command = [
+            sys.executable,
+            "train.py",
+            "-m",
+            *shared,
+            swept,
+            "name=job",
+            "logger=wandb",
+            *settings,
+        ]
+        self.command.append(f"hydra.sweep.dir={self.folder}")
+
+    def start(self) -> subprocess.Popen[str]:
+        # Without W&B's service of this process, which would outlive the one that is killed.
+        own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
+        own |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.Popen(self.command, cwd=ROOT, env=own, text=True, **pipes)
+
+    def mend(self) -> None:
+        for pictures in self.pictures:
+            if not pictures.exists():
+                pictures.symlink_to(self.pictures[0])
+
+    def record(self, number: int) -> dict[str, Any]:
+        return dict(json.loads((self.folder / f"{number}_job" / "job.json").read_text()))
+
+    def states(self) -> list[str]:
+        return [job.state for job in read_jobs(self.folder)]
+
+    def wandb(self, number: int) -> list[OfflineRun]:
+        """A job's runs in W&B, one for each process that it had, in their order; all but the last may be unfinished."""
+        *earlier, last = sorted((self.folder / f"{number}_job" / "wandb").glob("offline-run-*/run-*.wandb"))
+        return [*map(OfflineRun, earlier), finished_run(last)]
+
+    def wait_for_checkpoint(self, number: int, process: subprocess.Popen[str]) -> None:
+        while not (self.folder / f"{number}_job" / "checkpoints" / "last.ckpt").is_file():
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.01)
 
 
-def test_the_same_command_finishes_what_is_not_done(tmp_path: Path) -> None:
-    folder, sweep = write_colour_table(tmp_path / "colours"), tmp_path / "sweep"
-    changes = ("output_dir", "hydra.", "name", "logger")
-    overrides = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(changes)]
-    # Jobs 0 and 2 are good, 1 and 3 have a number of heads that does not divide the width.
-    swept = [
-        "seed=0,1",
-        "model.bridge.n_heads=4,5",
-        "trainer.max_epochs=2",
-        "name=job",
-        f"hydra.sweep.dir={sweep}",
-    ]
-    command = [sys.executable, "train.py", "-m", *overrides, *swept, "logger=wandb"]
-    # Without W&B's service of this process, which would outlive the one that is killed.
-    own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
-    environment = {**own, "OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+def test_of_four_jobs_one_fails_and_one_is_killed_and_the_same_command_finishes_these(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "hydra/launcher=processes", "trainer.max_epochs=6", jobs=4, without=(1,))
+    first = sweep.start()
+    sweep.wait_for_checkpoint(3, first)  # the last: the sweep waits for the others first
+    os.kill(sweep.record(3)["pid"], signal.SIGKILL)
+    printed, errors = first.communicate(timeout=600)
+    assert first.returncode == 1
+    assert "sweep: 2 done, 1 failed, 1 interrupted: " in printed
+    assert re.search(r"1_job failed: data.image_dir=\S+pictures1", errors)
+    assert "Traceback" not in errors
+    assert sweep.states() == ["done", "failed", "done", "interrupted"]
+    done = [sweep.record(number) for number in (0, 2)]
 
-    def start() -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+    sweep.mend()
+    second = sweep.start()
+    printed, errors = second.communicate(timeout=600)
+    assert second.returncode == 0, errors
+    assert sweep.states() == 4 * ["done"]
+    assert [sweep.record(number) for number in (0, 2)] == done, "they were not begun again"
+    runs = [sweep.wandb(number) for number in range(4)]
+    assert [len(of_job) for of_job in runs] == [1, 1, 1, 2]
+    ids = [{run.run.run_id for run in of_job} for of_job in runs]
+    assert len(set.union(*ids)) == 4, "a run for each job, none merged"
+    for number, of_job in enumerate(runs):
+        last = of_job[-1]
+        assert [run.exit_codes for run in of_job] == ([[], [0]] if number == 3 else [[0]])
+        assert (last.run.display_name, last.run.run_group) == (f"{number}_job", "sweep")
+        assert set(last.run.tags) == {"tiny", "csv"}
+        assert last.config["data"]["image_dir"] == str(sweep.pictures[number])
+        assert last.config["provenance"]["packages"]["torch"]
+        logged = set().union(*last.history)
+        wanted = {"train/loss", "train/grad_norm", "train/memory_gib", "train/pairs_per_second", "val/CIDEr"}
+        assert wanted | {"val/loss", "lr-AdamW/encoder", "val/samples/nrows"} <= logged
 
-    first = start()
-    while first.poll() is None and not (sweep / "2_job" / "checkpoints" / "last.ckpt").is_file():
-        time.sleep(0.01)
+
+def test_jobs_of_joblib_tell_how_they_ended(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "hydra/launcher=parallel", "trainer.max_epochs=1", jobs=3, without=(1,))
+    first = sweep.start()
+    printed, errors = first.communicate(timeout=600)
+    assert (first.returncode, sweep.states()) == (1, ["done", "failed", "done"]), errors
+    assert sweep.record(0)["pid"] != sweep.record(2)["pid"] != first.pid
+    sweep.mend()
+    second = sweep.start()
+    printed, errors = second.communicate(timeout=600)
+    assert (second.returncode, sweep.states()) == (0, 3 * ["done"]), errors
+    assert printed.count("finished already: ") == 2
+    assert len({run.run.run_id for number in range(3) for run in sweep.wandb(number)}) == 3
+
+
+def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
+    sweep = Sweep(tmp_path, "trainer.max_epochs=3", "logger.artifact=true", jobs=3, without=(0,))
+    first = sweep.start()
+    sweep.wait_for_checkpoint(1, first)
     first.kill()
     first.communicate()
-    states = {number: job["state"] for number, job in jobs(sweep).items()}
-    assert states == {"0": "done", "1": "failed", "2": "running"}
-    before = jobs(sweep)
-    weights = (sweep / "0_job" / "model.safetensors").stat().st_mtime_ns
-
-    second = start()
-    printed, errors = second.communicate(timeout=300)
-    assert second.returncode == 1
+    assert sweep.states() == ["failed", "interrupted", "not started"]
+    second = sweep.start()
+    printed, errors = second.communicate(timeout=600)
+    assert (second.returncode, sweep.states()) == (1, ["failed", "done", "done"]), errors
     assert "Traceback" not in errors
-    after = jobs(sweep)
-    assert {number: job["state"] for number, job in after.items()} == {
-        "0": "done",
-        "1": "failed",
-        "2": "done",
-        "3": "failed",
-    }
-    assert after["0"] == before["0"]
-    assert (sweep / "0_job" / "model.safetensors").stat().st_mtime_ns == weights
-    assert f"finished already: {sweep}/0_job" in printed
-    assert "model.bridge.n_heads=5 must divide" in after["3"]["error"]
-    assert "seed=1" in after["2"]["overrides"]
-    runs = {job: set((sweep / job / "wandb").glob("offline-run-*/run-*.wandb")) for job in ("0_job", "2_job")}
-    assert len({file.name for file in runs["0_job"]}) == 1
-    assert len({file.name for file in runs["2_job"]}) == 1, "two processes, one run"
-    assert {file.name for file in runs["0_job"]}.isdisjoint({file.name for file in runs["2_job"]})
+    assert "sweep: 1 failed, 2 done: " in printed
+    killed, gone_on = sweep.wandb(1)
+    assert killed.run.run_id == gone_on.run.run_id
+    artifacts = [a.artifact for a in gone_on.records if a.WhichOneof("record_type") == "artifact"]
+    [model] = [artifact for artifact in artifacts if artifact.type == "model"]
+    files = {entry.path for entry in model.manifest.contents}
+    assert {"config.yaml", "model.safetensors", "metrics.json", "tokenizer/tokenizer.json"} <= files
+
+
+def test_optunas_search_takes_the_same_trials_again(tmp_path: Path) -> None:
+    settings = ("sweep=learning_rate", "hydra.sweeper.n_trials=2", "trainer.max_epochs=1", "logger=csv")
+    sweep = Sweep(tmp_path, *settings, jobs=1)
+    first = sweep.start()
+    _, errors = first.communicate(timeout=600)
+    assert (first.returncode, sweep.states()) == (0, ["done", "done"]), errors
+    found = (sweep.folder / "optimization_results.yaml").read_text()
+    scores = [
+        json.loads((sweep.folder / f"{n}_job" / "metrics.json").read_text())["best"]["val/CIDEr"]
+        for n in (0, 1)
+    ]
+    assert yaml.safe_load(found)["best_value"] == max(scores)
+    rates = [
+        yaml.safe_load((sweep.folder / f"{n}_job/config.yaml").read_text())["optimizer"]["lr"] for n in (0, 1)
+    ]
+    assert rates[0] != rates[1]
+    second = sweep.start()
+    printed, errors = second.communicate(timeout=600)
+    assert second.returncode == 0, errors
+    assert printed.count("finished already: ") == 2
+    assert (sweep.folder / "optimization_results.yaml").read_text() == found
 
 
 def test_a_sweeps_folder_is_named_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

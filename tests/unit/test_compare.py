@@ -527,33 +527,38 @@ def test_the_status_tells_how_far_each_job_has_come(
     gone.wait()
     write_job(tmp_path / "0_a", state="done", overrides=["seed=0"], ended="2026-11-24T12:00:00+01:00")
     write_job(tmp_path / "1_a", state="failed", overrides=["seed=1"], error="out of memory")
-    write_job(tmp_path / "2_a", state="running", overrides=["seed=2"])
+    now = pd.Timestamp.now("UTC").isoformat()
+    write_job(tmp_path / "2_a", state="running", overrides=["seed=2"], started=now)
+    write_job(tmp_path / "3_a", state="running", overrides=["seed=3"])  # this process is younger than that
     write_job(tmp_path / "10_a", state="running", overrides=["seed=10"], pid=gone.pid)
     write_job(tmp_path / "11_a", state="running", overrides=["seed=11"], pid=gone.pid, host="elsewhere")
     (tmp_path / "12_a" / ".hydra").mkdir(parents=True)
     (tmp_path / "12_a" / ".hydra" / "overrides.yaml").write_text("- seed=12\n")
     (tmp_path / "12_a" / "model.safetensors").touch()
     write_run(tmp_path / "13_a")
-    task = ["seed=0,1,2,10,11,12,13"]
-    (tmp_path / "multirun.yaml").write_text(
-        yaml.safe_dump({"hydra": {"overrides": {"task": task}, "sweeper": {}}})
-    )
+    hydra = {"overrides": {"task": ["seed=0,1,2,3,10,11,12"]}, "sweeper": {"params": None}}
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
     jobs = [(job.folder.name if job.folder else "", job.state, job.overrides) for job in read_jobs(tmp_path)]
     assert jobs == [
         ("0_a", "done", ("seed=0",)),
         ("1_a", "failed", ("seed=1",)),
         ("2_a", "running", ("seed=2",)),
+        ("3_a", "interrupted", ("seed=3",)),
         ("10_a", "interrupted", ("seed=10",)),
         ("11_a", "running", ("seed=11",)),
         ("12_a", "unknown", ("seed=12",)),
         ("13_a", "not started", ()),
-        ("", "not started", ("seed=13",)),
     ]
+    hydra["sweeper"]["params"] = {"seed": "0,1,2,3,10,11,12,14"}  # of an experiment's file
+    hydra["overrides"]["task"] = []
+    (tmp_path / "multirun.yaml").write_text(yaml.safe_dump({"hydra": hydra}))
+    last = read_jobs(tmp_path)[-1]
+    assert (last.folder, last.state, last.overrides) == (None, "not started", ("seed=14",))
     ended = pd.Timestamp("2026-11-24T11:00:00").tz_localize("UTC").timestamp()
     assert pd.Timestamp(read_jobs(tmp_path)[0].ended).to_pydatetime().timestamp() == ended
     status, out, _ = run_main(capsys, tmp_path, "--status")
     assert status == 0
-    assert "1 done, 1 failed, 2 running, 1 interrupted, 1 unknown, 2 not started" in " ".join(out.split())
+    assert "1 done, 1 failed, 2 running, 2 interrupted, 1 unknown, 2 not started" in " ".join(out.split())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,153 @@
+"""What Weights & Biases is told, and what it is not; and the sweeps that it leads."""
+
+from __future__ import annotations
+
+import shlex
+import socket
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import compose
+from wandb_files import OfflineRun, finished_run
+
+from efficap.commands.entry import CONF
+from efficap.commands.loggers import build_loggers, finish_wandb
+from efficap.commands.provenance import provenance, without_secrets
+
+SECRET = "sesame-opens-1234567"
+
+
+@pytest.fixture
+def wandb_free(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """W&B without a login, a network and the settings of other tests."""
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+
+def offline_run(run_dir: Path) -> OfflineRun:
+    [file] = (run_dir / "wandb").glob("offline-run-*/run-*.wandb")
+    return finished_run(file)
+
+
+def log_run(run_dir: Path, *overrides: str) -> OfflineRun:
+    """Begin and end a run that logs one figure; returns what W&B keeps of it."""
+    run_dir.mkdir()
+    cfg = compose("train", f"output_dir={run_dir}", "name=job", *overrides)
+    loggers = build_loggers(cfg, run_dir, None)
+    loggers[1].log_metrics({"train/loss": 2.5}, step=3)
+    finish_wandb(exit_code=0)
+    return offline_run(run_dir)
+
+
+@pytest.mark.usefixtures("wandb_free")
+def test_secret_environment_variables_do_not_reach_wandb(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HUB_API_TOKEN", SECRET)
+    run = log_run(tmp_path / "run", "init_from='hub/${oc.env:HUB_API_TOKEN}'", "optimizer.eps=1e-7")
+    kept = [file for file in (tmp_path / "run" / "wandb").rglob("*") if file.is_file()]
+    assert not [file for file in kept if SECRET.encode() in file.read_bytes()]
+    assert SECRET.encode() not in run.contents
+    assert run.config["init_from"] == "hub/***"
+    assert run.config["optimizer"]["eps"] == 1e-7, "the rest is told whole"
+    assert run.history[0]["train/loss"] == 2.5
+    assert run.exit_codes == [0]
+
+
+def test_short_and_harmless_variables_are_not_masked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_TOKEN", "tiny")
+    monkeypatch.setenv("SOME_PLACE", "somewhere else")
+    monkeypatch.setenv("MY_PASSWORD", "correct horse")
+    told = {"model": "tiny", "places": ["somewhere else", {"url": "http://me:correct horse@host"}], "n": 1}
+    masked = {**told, "places": ["somewhere else", {"url": "http://me:***@host"}]}
+    assert without_secrets(told) == masked
+
+
+def test_a_run_tells_commit_versions_and_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    def git(*arguments: str) -> str:
+        identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        return subprocess.check_output(["git", *identity, *arguments], cwd=tmp_path, text=True).strip()
+
+    git("init", "--quiet")
+    (tmp_path / "code.py").touch()
+    git("add", "code.py")
+    git("commit", "--quiet", "-m", "code")
+    monkeypatch.setattr("efficap.commands.provenance.__file__", str(tmp_path / "code.py"))
+    told = provenance()
+    assert (told["git_commit"], told["git_dirty"]) == (git("rev-parse", "HEAD"), False)
+    (tmp_path / "code.py").write_text("pass")
+    assert provenance()["git_dirty"] is True
+    assert told["packages"]["torch"] == torch.__version__.partition("+")[0]
+    assert told["devices"] >= 1
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    monkeypatch.setattr("efficap.commands.provenance.__file__", str(tmp_path / "elsewhere" / "code.py"))
+    assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, None)
+
+
+@pytest.mark.usefixtures("wandb_free")
+@pytest.mark.parametrize("key", ["", 40 * "0"])
+def test_online_without_key_or_network_goes_on_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    with socket.socket() as taken:  # nothing answers there
+        taken.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{taken.getsockname()[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", key)
+        run = log_run(tmp_path / "run", "logger.mode=online")
+    assert "W&B cannot be used online, going on offline: " in capsys.readouterr().err
+    assert run.exit_codes == [0]
+
+
+@pytest.mark.usefixtures("wandb_free")
+def test_what_wandbs_agent_sets_does_not_hide_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import wandb
+
+    (tmp_path / "parameters.yaml").write_text("wandb_version: 1\nmodel: {value: tiny}\nseed: {value: 3}\n")
+    wandb.teardown()  # W&B reads its variables once in a process
+    monkeypatch.setenv("WANDB_SWEEP_ID", "abcdefgh")
+    monkeypatch.setenv("WANDB_SWEEP_PARAM_PATH", str(tmp_path / "parameters.yaml"))
+    run = log_run(tmp_path / "run", "model=tiny", "seed=3")
+    wandb.teardown()
+    assert (run.config["model"], run.config["seed"]) == ("tiny", 3)
+    assert run.config["model_settings"]["image_size"] == 128
+
+
+@pytest.mark.parametrize("file", sorted(CONF.glob("sweep/*.wandb.yml")), ids=lambda file: file.name)
+def test_wandbs_sweeps_name_settings_that_there_are(file: Path) -> None:
+    sweep = yaml.safe_load(file.read_text())
+    assert sweep["program"] == "train.py"
+    assert sweep["command"][:3] == ["${env}", "python", "${program}"]
+    assert sweep["command"][-1] == "${args_no_hyphens}"
+    shared = sweep["command"][3:-1]
+    for key, range_ in sweep["parameters"].items():
+        for value in range_.get("values") or [range_["min"], range_["max"]]:
+            [changed] = shlex.split(f"{key}={value}")
+            cfg = compose(
+                "train", "name=x", "output_dir=x", *shared, "data.table=x", "data.image_dir=x", changed
+            )
+            found: Any = cfg
+            for part in key.split("."):
+                found = found[part]
+            assert found == value or key == "model"
+
+
+def test_hydras_and_wandbs_search_are_the_same() -> None:
+    ours = yaml.safe_load((CONF / "sweep/learning_rate.yaml").read_text())["hydra"]["sweeper"]
+    theirs = yaml.safe_load((CONF / "sweep/learning_rate.wandb.yml").read_text())
+    assert ours["direction"] == theirs["metric"]["goal"]
+    spoken = {
+        key: f"tag(log, interval({range_['min']:g}, {range_['max']:g}))"
+        for key, range_ in theirs["parameters"].items()
+    }
+    assert {
+        key: value.replace("e-6", "e-06").replace("e-5", "e-05") for key, value in ours["params"].items()
+    } == {key: value.replace("0.003", "3e-3") for key, value in spoken.items()}
