@@ -15,6 +15,7 @@ class OfflineRun:
     """What lies in ``run-ID.wandb``.
 
     Attributes:
+        run_id: of the file's name; one that was killed at once has nothing else.
         records: W&B's messages.
         contents: their bytes, one after the other.
     """
@@ -22,6 +23,7 @@ class OfflineRun:
     def __init__(self, file: Path) -> None:
         from wandb.proto.wandb_internal_pb2 import Record
 
+        self.run_id = file.stem.removeprefix("run-")
         messages = _messages(file.read_bytes())
         self.contents = b"".join(messages)
         self.records = [Record.FromString(message) for message in messages]

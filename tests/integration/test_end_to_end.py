@@ -16,6 +16,7 @@ import yaml
 from conftest import compose, tiny_overrides
 from PIL import Image
 from safetensors.torch import load_file
+from wandb_files import finished_run
 
 from efficap.commands.caption import caption, find_pictures
 from efficap.commands.evaluate import evaluate
@@ -350,3 +351,17 @@ def test_wandb_needs_no_login_and_runs_of_one_process_stay_apart(
     }
     assert [len(files) for files in runs.values()] == [1, 1]
     assert runs["one"][0].name != runs["two"][0].name
+
+
+def test_a_training_that_fails_ends_its_run_of_wandb(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    failing = ["_target_=lightning.pytorch.callbacks.EarlyStopping", "monitor=nothing"]
+    overrides = [f"+callbacks.stop.{setting}" for setting in failing]
+    with pytest.raises(RuntimeError, match="nothing"):
+        train(compose("train", *tiny_overrides(colour_table, tmp_path / "run"), "logger=wandb", *overrides))
+    [file] = (tmp_path / "run/wandb").glob("offline-run-*/run-*.wandb")
+    assert finished_run(file).exit_codes == [1]

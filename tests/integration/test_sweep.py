@@ -104,11 +104,13 @@ def test_of_four_jobs_one_fails_and_one_is_killed_and_the_same_command_finishes_
     assert [sweep.record(number) for number in (0, 2)] == done, "they were not begun again"
     runs = [sweep.wandb(number) for number in range(4)]
     assert [len(of_job) for of_job in runs] == [1, 1, 1, 2]
-    ids = [{run.run.run_id for run in of_job} for of_job in runs]
+    ids = [{run.run_id for run in of_job} for of_job in runs]
+    assert [len(of_job) for of_job in ids] == 4 * [1]
     assert len(set.union(*ids)) == 4, "a run for each job, none merged"
     for number, of_job in enumerate(runs):
         last = of_job[-1]
         assert [run.exit_codes for run in of_job] == ([[], [0]] if number == 3 else [[0]])
+        assert last.run.run_id == last.run_id
         assert (last.run.display_name, last.run.run_group) == (f"{number}_job", "sweep")
         assert set(last.run.tags) == {"tiny", "csv"}
         assert last.config["data"]["image_dir"] == str(sweep.pictures[number])
@@ -145,7 +147,7 @@ def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     assert "Traceback" not in errors
     assert "sweep: 1 failed, 2 done: " in printed
     killed, gone_on = sweep.wandb(1)
-    assert killed.run.run_id == gone_on.run.run_id
+    assert killed.run_id == gone_on.run_id
     artifacts = [a.artifact for a in gone_on.records if a.WhichOneof("record_type") == "artifact"]
     [model] = [artifact for artifact in artifacts if artifact.type == "model"]
     files = {entry.path for entry in model.manifest.contents}

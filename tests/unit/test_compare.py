@@ -529,7 +529,8 @@ def test_the_status_tells_how_far_each_job_has_come(
     write_job(tmp_path / "1_a", state="failed", overrides=["seed=1"], error="out of memory")
     now = pd.Timestamp.now("UTC").isoformat()
     write_job(tmp_path / "2_a", state="running", overrides=["seed=2"], started=now)
-    write_job(tmp_path / "3_a", state="running", overrides=["seed=3"])  # this process is younger than that
+    long_ago = "2001-01-01T00:00:00"  # not this process, then, though it has the number
+    write_job(tmp_path / "3_a", state="running", overrides=["seed=3"], started=long_ago)
     write_job(tmp_path / "10_a", state="running", overrides=["seed=10"], pid=gone.pid)
     write_job(tmp_path / "11_a", state="running", overrides=["seed=11"], pid=gone.pid, host="elsewhere")
     (tmp_path / "12_a" / ".hydra").mkdir(parents=True)

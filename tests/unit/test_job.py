@@ -90,17 +90,21 @@ def test_two_jobs_cannot_have_one_folder(begin: Begin, ended: bool) -> None:
             raise ValueError("bad")
     first = record(folder)
     begin("seed=2")
-    with pytest.raises(InputError, match=r"0_job is another job's already; hydra.sweep.dir=DIR"):  # noqa: SIM117
-        with recorded(folder):
-            pytest.fail("it began")
+    with (
+        pytest.raises(InputError, match=r"0_job is another job's already; hydra.sweep.dir=DIR"),
+        recorded(folder),
+    ):
+        pytest.fail("it began")
     assert record(folder) == first
 
 
 def test_an_output_dir_for_all_jobs_is_refused(begin: Begin, tmp_path: Path) -> None:
     folder = begin("seed=1", f"output_dir={tmp_path}/run")
-    with pytest.raises(InputError, match=r"output_dir=.*/run would be that of several jobs"):  # noqa: SIM117
-        with recorded(tmp_path / "run"):
-            pytest.fail("it began")
+    with (
+        pytest.raises(InputError, match=r"output_dir=.*/run would be that of several jobs"),
+        recorded(tmp_path / "run"),
+    ):
+        pytest.fail("it began")
     assert record(folder)["state"] == "failed", "the sweep's end tells it"
 
 
@@ -110,9 +114,11 @@ def test_a_job_that_another_process_runs_is_not_begun_again(begin: Begin) -> Non
         running = record(folder)
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         (folder / "job.json").write_text(json.dumps({**running, "pid": other.pid}))
-        with pytest.raises(InputError, match=rf"process {other.pid} of \S+ is training in it"):  # noqa: SIM117
-            with recorded(folder):
-                pytest.fail("it began")
+        with (
+            pytest.raises(InputError, match=rf"process {other.pid} of \S+ is training in it"),
+            recorded(folder),
+        ):
+            pytest.fail("it began")
         other.communicate(b"\n")
     (folder / "job.json").write_text(json.dumps({**running, "pid": other.pid}))  # killed
     with recorded(folder):

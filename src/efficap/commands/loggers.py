@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from efficap.commands.provenance import provenance, without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
@@ -33,20 +33,21 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     """
     loggers: list[Logger] = [_metrics_csv(run_dir, log)]
     if cfg["logger"]:
-        is_wandb = cfg["logger"]["_target_"].endswith("WandbLogger")
-        logger = _wandb_logger(cfg["logger"], run_dir) if is_wandb else instantiate(cfg["logger"])
         told = without_secrets({**cfg, "provenance": provenance()})
-        if is_wandb and getattr(
-            logger.experiment, "sweep_id", None
-        ):  # what W&B's agent has set, it lets nobody change
-            swept = set(logger.experiment.config.keys())
-            told = {f"{key}_settings" if key in swept else key: value for key, value in told.items()}
+        if cfg["logger"]["_target_"].endswith("WandbLogger"):
+            logger = _wandb_logger(cfg["logger"], run_dir)
+            run = logger.experiment  # on other ranks than the first a stand-in
+            if isinstance(getattr(run, "sweep_id", None), str):  # W&B's agent lets nobody change what it set
+                swept = set(run.config.keys())
+                told = {f"{key}_settings" if key in swept else key: value for key, value in told.items()}
+        else:
+            logger = instantiate(cfg["logger"])
         logger.log_hyperparams(told)
         loggers.append(logger)
     return loggers
 
 
-def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> Logger:
+def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> WandbLogger:
     """W&B's, its run begun: offline where it cannot be had online."""
     import wandb
 
@@ -65,7 +66,7 @@ def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> Logger:
         print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
         logger = instantiate({**settings, "mode": "offline"})
         run = logger.experiment
-    if run.id:
+    if isinstance(run.id, str):
         kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
         (run_dir / _WANDB_FILE).write_text(json.dumps(kept, indent=2) + "\n")
     return logger

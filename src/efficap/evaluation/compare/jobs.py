@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 JOB_FILE = "job.json"
 WEIGHTS_FILE = "model.safetensors"
 MULTIRUN_FILE = "multirun.yaml"  # Hydra's own record of a sweep
+_CLOCKS_DIFFER = 600  # seconds, at most: a clock may have been set since
 STATES = ("running", "done", "failed", "interrupted")
 _STYLES = {"done": "green", "failed": "red", "interrupted": "yellow"}
 
@@ -121,10 +122,9 @@ def is_running(record: dict[str, Any]) -> bool:
         return False
     except PermissionError:  # another user's
         pass
-    begun = _begun(
-        pid
-    )  # a later process has the number of one that is gone, after a restart of the machine above all
-    return begun is None or begun <= datetime.fromisoformat(record["started"]).timestamp() + 2
+    # A later process has the number of one that is gone, after a restart of the machine above all.
+    begun = _begun(pid)
+    return begun is None or begun <= datetime.fromisoformat(record["started"]).timestamp() + _CLOCKS_DIFFER
 
 
 def _begun(pid: int) -> float | None:
