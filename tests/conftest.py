@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from efficap.commands.entry import compose as compose
+
 os.environ["WANDB_MODE"] = "disabled"
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name on the hub fails at once
 
@@ -98,16 +100,6 @@ def write_colour_table(folder: Path) -> Path:
 @pytest.fixture
 def colour_table(tmp_path: Path) -> Path:
     return write_colour_table(tmp_path / "colours")
-
-
-def compose(config_name: str, *overrides: str) -> dict[str, Any]:
-    """The plain configuration that an entry point would be given."""
-    import hydra
-
-    from efficap.commands.entry import CONF, plain
-
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(hydra.compose(config_name, overrides=list(overrides)))
 
 
 def tiny_overrides(table_dir: Path, output_dir: Path) -> list[str]:

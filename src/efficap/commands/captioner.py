@@ -8,14 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-import hydra
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
 from PIL import Image
 from torch import Tensor
 
-from efficap.commands.entry import CONF, plain
+from efficap.commands.entry import CONF, compose
 from efficap.commands.model_card import TEMPLATE, card_values
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
 from efficap.data.pictures import Picture, pixels_of
@@ -173,9 +172,7 @@ def _settings_of(decoding: str) -> dict[str, Any]:
     if not (CONF / "decoding" / f"{decoding}.yaml").is_file():
         known = sorted(file.stem for file in (CONF / "decoding").glob("*.yaml"))
         raise InputError(f"decoding={decoding} must be one of {', '.join(known)}")
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = hydra.compose("caption", [f"decoding={decoding}", "run=", "images="])
-    settings: dict[str, Any] = plain(cfg)["decoding"]
+    settings: dict[str, Any] = compose("caption", f"decoding={decoding}", "run=", "images=")["decoding"]
     return settings
 
 

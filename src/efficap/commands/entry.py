@@ -89,6 +89,20 @@ def _command() -> str:
     return name if len(name) <= 100 else f"{name[:90]}_{digest}"
 
 
+def compose(config_name: str, *overrides: str) -> dict[str, Any]:
+    """The plain values of conf/`config_name`.yaml and `overrides`, in a program or a notebook.
+
+    They are what `train`, `evaluate` and `caption` take. For ``train``, ``name=`` and ``output_dir=`` must be given: on
+    a command line Hydra fills them in.
+
+    Raises:
+        InputError: a value is still to be given.
+        HydraException: an override that does not fit.
+    """
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        return plain(hydra.compose(config_name, list(overrides)))
+
+
 def tune_process() -> None:
     """Settings of the process that computing on a CPU gains by; before torch is loaded, which reads them."""
     # An OpenMP thread that spins while it waits holds up the one it waits for wherever cores are shared, with loader
