@@ -419,6 +419,58 @@ def test_the_table_tells_the_figures_of_the_runs(sweep: Path) -> None:
     assert (best, cells.header.index("CIDEr")) in cells.best
 
 
+def test_all_figures_of_the_tables_agree_with_plain_pandas_on_the_files_of_the_runs(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_main(capsys, sweep, "--resamples", 200, "--seed", 3)[0] == 0
+    written = re.findall(
+        r"^## (\S+): (?:40 pictures|differences.*)\n\n((?:\|.*\n)+)",
+        (sweep / "comparison/comparison.md").read_text(),
+        re.MULTILINE,
+    )
+    assert [split for split, _ in written] == ["test", "irregular"] * 2
+
+    def bleu(counts: np.ndarray[Any, Any]) -> Any:  # (…, 10)
+        words, closest = counts[..., 0], counts[..., 1]
+        shares = counts[..., 6:] / counts[..., 2:6]
+        return np.minimum(1, np.exp(1 - closest / words)) * shares.prod(-1) ** 0.25
+
+    def within(values: Any) -> str:
+        low, high = 100 * np.percentile(values, [2.5, 97.5])
+        return f"[{low:.1f}, {high:.1f}]"
+
+    def seeds_of(jobs: list[int], split: str, column: str) -> np.ndarray[Any, Any]:
+        files = [sweep / f"{job}_small/eval/{split}/pictures.jsonl" for job in jobs]
+        return np.array([pd.read_json(file, lines=True)[column].to_list() for file in files], float)
+
+    for (split, scores), (_, differences) in zip(written[:2], written[2:], strict=True):
+        draws = np.random.default_rng(3).integers(0, N, (200, N))
+        expected, drawn, whole = [], [], []
+        for jobs, size in (([0, 1], "32 k"), ([2, 3], "64 k")):
+            cider = seeds_of(jobs, split, "CIDEr")  # (seeds, N)
+            counts = seeds_of(jobs, split, "BLEU")  # (seeds, N, 10)
+            each = {"CIDEr": pd.Series(cider.mean(1)), "BLEU-4": pd.Series(bleu(counts.sum(1)))}
+            resampled = {
+                "CIDEr": cider[:, draws].mean(2).mean(0),
+                "BLEU-4": bleu(counts[:, draws].sum(2)).mean(0),
+            }
+            cells = [
+                f"{100 * each[metric].mean():.1f} ± {100 * each[metric].std():.1f} {within(resampled[metric])}"
+                for metric in each
+            ]
+            expected.append(["2", size, "5", *cells, "25.0 ± 0.0", NOTHING])
+            drawn.append(resampled)
+            whole.append({metric: values.mean() for metric, values in each.items()})
+        rows = [line.replace("*", "").strip("| ").split(" | ") for line in scores.splitlines()[2:]]
+        assert [row[2:] for row in rows] == expected
+        [row] = [line.strip("| ").split(" | ")[2:] for line in differences.splitlines()[2:]]
+        for metric, cell, p in zip(("CIDEr", "BLEU-4"), row[::2], row[1::2], strict=True):
+            gains = drawn[1][metric] - drawn[0][metric]
+            assert cell == f"{100 * (whole[1][metric] - whole[0][metric]):+.1f} {within(gains)}"
+            rarer = min((gains <= 0).sum(), (gains >= 0).sum())
+            assert float(p) == pytest.approx(min(1, 2 * (rarer + 1) / 201), abs=5e-4)
+
+
 def test_the_page_needs_nothing_but_itself(sweep: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, out, _ = run_main(capsys, sweep, "--resamples", 100, "--pictures", 6)
     assert status == 0

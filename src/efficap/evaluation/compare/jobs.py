@@ -144,7 +144,7 @@ def _hydras_overrides(folder: Path) -> tuple[str, ...]:
 
 
 def _planned(file: Path) -> list[tuple[str, ...]]:
-    """The overrides of each job that Hydra's sweeper made of the command line, which multirun.yaml keeps."""
+    """The overrides of each job that Hydra's sweeper made of its settings and the command line: in multirun.yaml."""
     if not file.is_file():
         return []
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
