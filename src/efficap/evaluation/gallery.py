@@ -36,6 +36,23 @@ class GalleryItem:
     note: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class Page:
+    """A page that this program has written, as the value of a notebook's cell: it is shown in a frame below it.
+
+    Attributes:
+        file: HTML that needs nothing but itself.
+        height: of the frame, pixels.
+    """
+
+    file: Path
+    height: int = 700
+
+    def _repr_html_(self) -> str:
+        page = escape(self.file.read_text(encoding="utf-8"))
+        return f'<iframe srcdoc="{page}" style="width: 100%; height: {self.height}px; border: 0"></iframe>'
+
+
 def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subtitle: str = "") -> int:
     """Write one HTML page with all pictures inside it: no script, no other file, nothing from the network.
 
