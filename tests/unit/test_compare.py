@@ -18,6 +18,7 @@ import pytest
 import yaml
 from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
+from wandb_files import finished_run
 
 from efficap.evaluation.compare.__main__ import main
 from efficap.evaluation.compare.bootstrap import bleu4, interval, p_value, resample
@@ -550,11 +551,11 @@ def test_a_comparison_is_a_run_of_wandb_without_a_login(
     assert status == 0
     assert "wandb sync" in out
     [kept] = (sweep / "comparison/wandb").glob("offline-run-*/*.wandb")
-    record = kept.read_bytes()  # in blocks, at whose ends a name may be cut
+    record = finished_run(kept).contents
     names = [
         f"{split}/CIDEr/small-csv decoder.n_embd={n}" for split in ("test", "irregular") for n in (32, 64)
     ]
-    assert any(name.encode() in record for name in names)
+    assert all(name.encode() in record for name in names)
     media = [file.suffix for file in kept.parent.rglob("media/**/*") if file.is_file()]
     assert sorted(media) == [".html", ".json", ".json", ".json", ".json", ".png", ".png"]
     (kept.parent / "files/config.yaml").touch()  # W&B's, of an online run
