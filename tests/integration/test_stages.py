@@ -219,6 +219,7 @@ MISTAKES = {
     "stages={a: {trainer: {max_epochs: 1}}, b: {optimizer: {warmup_steps: 1}}}": (
         r"stages.b has no limit: add stages.b.trainer.max_epochs=N, max_steps=N or max_time=DD:HH:MM:SS"
     ),
+    "stages={a: {trainer: {max_epochs: 0}}}": r"stages.a has no limit: add stages.a.trainer.max_epochs=N",
     "stages={a: {trainer: {max_epochs: 1}}, b: {trainer: {max_time: 5m}}}": (
         r"stages.b: trainer.max_time=5m must be DD:HH:MM:SS, as 00:08:00:00"
     ),

@@ -33,10 +33,8 @@ _OWN: Settings = {
     ),
     "model": {"encoder": {"frozen": None}},
 }
-_CHOSEN_BY = (
-    "_target_",
-    "objective",
-)  # what names a group's option: with it, it takes the place of the other
+# What names a group's option: with it, changes are the option, and not merged into the one before.
+_CHOSEN_BY = ("_target_", "objective")
 _GIVEN_WHOLE = ("table", "epochs", "weights")  # settings whose own keys are the user's
 
 
@@ -65,7 +63,7 @@ def with_whole_stages(cfg: Settings) -> Settings:
     base["trainer"] |= _LIMITS
     stages = {name: _changed(base, changes, f"stages.{name}") for name, changes in cfg["stages"].items()}
     for name, stage in stages.items():
-        if all(stage["trainer"][limit] == none for limit, none in _LIMITS.items()):
+        if all(stage["trainer"][limit] in (none, 0) for limit, none in _LIMITS.items()):
             raise InputError(
                 f"stages.{name} has no limit: add stages.{name}.trainer.max_epochs=N, max_steps=N or "
                 "max_time=DD:HH:MM:SS"
