@@ -43,7 +43,7 @@ def run_alone(script: str, *overrides: str, cwd: Path) -> subprocess.CompletedPr
 
 
 MISTAKES = {
-    "model=smal": r"error: model=smal is not known; nearest: small.*; there are large, medium, small, tiny, xl",
+    "model=smal": r"error: model=smal is not known; nearest: small.*; there are large, medium, mini, small, tiny, xl",
     "model.encoder.name=efficientnet_bo": r"error: model.encoder.name=efficientnet_bo .* nearest: efficientnet_b",
     "model.pretrained=true model.decoder.name=openai-community/gpt2": (
         r"error: model.decoder.name=openai-community/gpt2 .*cannot be had from the hub .*"
@@ -161,7 +161,7 @@ def test_one_jobs_mistake_leaves_the_sweep_going_and_its_exit_code_tells(
 @pytest.mark.parametrize(
     ("swept", "message"),
     [
-        ("model=tiny,nope", "error: model=nope is not known; there are large, medium, small, tiny, xl"),
+        ("model=tiny,nope", "error: model=nope is not known; there are large, medium, mini, small, tiny, xl"),
         ("modell=tiny,small", "error: modell is no setting here; nearest: model"),
         ("trainer.max_epoch=1,2", "error: trainer.max_epoch is no setting here; nearest: trainer.max_epochs"),
         ("hydra/launcher=paralel", "error: hydra/launcher=paralel is not known; nearest: parallel"),
