@@ -79,13 +79,13 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
     return model
 
 
-def write_colour_table(folder: Path) -> Path:
-    """Write `captions.csv` and `images/`: plain colours, two captions each; 8 train, 4 val, 4 test."""
+def write_colour_table(folder: Path, *, train: int = 8, val: int = 4, test: int = 4) -> Path:
+    """Write `captions.csv` and `images/`: so many plain colours in each split, two captions each."""
     rng = np.random.default_rng(0)
     colours = {"red": (200, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 200), "grey": (128, 128, 128)}
     (folder / "images").mkdir(parents=True)
     rows = []
-    for split, count in (("train", 8), ("val", 4), ("test", 4)):
+    for split, count in (("train", train), ("val", val), ("test", test)):
         for number in range(count):
             word = WORDS[number % len(WORDS)]
             noise = rng.integers(-20, 20, (72, 80, 3))

@@ -63,7 +63,7 @@ def test_evaluation_writes_captions_then_scores(trained: tuple[Path, Path]) -> N
     assert json.loads((run / "eval/test/scores.json").read_text()) == scores
     assert scores["split"] == "test"
     assert scores["images"] == 4
-    pictures = read_pictures(run / "eval/test/pictures.jsonl")
+    pictures = read_pictures(run / "eval/test/pictures.parquet")
     assert [(p.image_id, p.caption) for p in pictures] == [(r["image_id"], r["caption"]) for r in captions]
     assert all(p.image and p.image.is_file() and len(p.references) == 2 and p.scores for p in pictures)
     assert "data:image/jpeg;base64," in (run / "eval/test/index.html").read_text()

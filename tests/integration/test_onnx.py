@@ -146,7 +146,9 @@ def test_an_evaluation_of_the_export_gives_the_runs_scores(run: Path, exported: 
         evaluate(compose("eval", f"run={directory}", "metrics=[CIDEr]", "gallery=0", "decoding=beam"))
         for directory in (run, exported)
     ]
+    checks = [of_one.pop("checks") for of_one in scores]
     assert scores[0] == scores[1]
+    assert checks[0].keys() - checks[1].keys() == {"loss", "loss_shuffled", "loss_gap"}
 
 
 def test_what_an_export_cannot_do_is_refused(

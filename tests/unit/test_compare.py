@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -20,8 +21,8 @@ from PIL import Image
 from pycocoevalcap.bleu.bleu import Bleu
 from wandb_files import finished_run
 
+from efficap.evaluation.bootstrap import interval, p_value, resample
 from efficap.evaluation.compare.__main__ import main
-from efficap.evaluation.compare.bootstrap import bleu4, interval, p_value, resample
 from efficap.evaluation.compare.comparison import compare_runs
 from efficap.evaluation.compare.differing import differing_pictures
 from efficap.evaluation.compare.groups import group_runs
@@ -29,9 +30,10 @@ from efficap.evaluation.compare.jobs import read_jobs
 from efficap.evaluation.compare.plots import spent_at
 from efficap.evaluation.compare.runs import find_runs, read_run
 from efficap.evaluation.compare.table import NOTHING, scores_cells
-from efficap.evaluation.pictures import PictureRecord, write_pictures
+from efficap.evaluation.pictures import PictureRecord, read_pictures, write_pictures
 from efficap.evaluation.results import write_predictions, write_scores
 from efficap.evaluation.scores import PictureScores, score_pictures
+from efficap.evaluation.sums import bleu
 
 WORDS = ["a", "dog", "cat", "runs", "sits", "on", "the", "red", "green", "grass", "with", "ball"]
 N = 40  # pictures of a split
@@ -77,7 +79,7 @@ def write_evaluation(
         PictureRecord(i, captions[i], [f"first of {i}", "<b>&second"], image, part)
         for i, part in zip(ids, scores, strict=True)
     ]
-    write_pictures(run / "eval" / split / "pictures.jsonl", records)
+    write_pictures(run / "eval" / split / "pictures.parquet", records)
 
 
 def write_run(
@@ -139,7 +141,7 @@ def run_main(capsys: pytest.CaptureFixture[str], *arguments: Any) -> tuple[int, 
 
 
 def test_resampling_equals_a_plain_loop_over_the_same_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("efficap.evaluation.compare.bootstrap._AT_ONCE", 7 * 30)  # in several parts
+    monkeypatch.setattr("efficap.evaluation.bootstrap._AT_ONCE", 7 * 30)  # in several parts
     runs = [some_scores(30, seed) for seed in (1, 2, 3)]
     drawn = resample(runs, resamples=50, seed=5)
     draws = np.random.default_rng(5).integers(0, 30, (50, 30))
@@ -202,7 +204,7 @@ def test_bleu_of_resampled_pictures_equals_pycocoevalcap_on_their_captions() -> 
             verbose=0,
         )
         counts = np.sum([scores[i].bleu for i in picked], axis=0, dtype=float)
-        assert bleu4(counts) == pytest.approx(expected[3], rel=1e-6)
+        assert bleu(counts) == pytest.approx(expected, rel=1e-6)
 
 
 # --- runs and groups ---
@@ -288,12 +290,34 @@ def test_runs_are_found_below_a_sweep_once_and_hydras_own_files_are_none(sweep: 
 
 
 def test_a_run_without_scores_of_each_picture_is_compared_without_an_interval(sweep: Path) -> None:
-    (sweep / "0_small/eval/test/pictures.jsonl").unlink()
+    (sweep / "0_small/eval/test/pictures.parquet").unlink()
     standings = compare_runs([sweep], resamples=100, seed=0).standings[0]
     first = standings.groups[0].name
     assert standings.scores[first]["CIDEr"].bounds is None
     assert standings.pairs == []
     assert any("run eval.py again" in note for note in standings.notes)
+
+
+def test_a_run_whose_pictures_were_written_as_lines_of_json_is_read_alike(sweep: Path) -> None:
+    before = compare_runs([sweep], resamples=100, seed=0).standings[0]
+    file = sweep / "0_small/eval/test/pictures.parquet"
+    lines = [
+        {
+            "image_id": record.image_id,
+            "caption": record.caption,
+            "references": record.references,
+            "image": str(record.image),
+            "CIDEr": record.scores.cider,
+            "BLEU": record.scores.bleu,
+        }
+        for record in read_pictures(file)
+        if record.scores
+    ]
+    file.with_suffix(".jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    file.unlink()
+    after = compare_runs([sweep], resamples=100, seed=0).standings[0]
+    assert after.scores == before.scores
+    assert [pair.differences for pair in after.pairs] == [pair.differences for pair in before.pairs]
 
 
 def test_a_split_that_was_captioned_without_scores_is_left_out(sweep: Path) -> None:
@@ -338,8 +362,12 @@ def test_runs_evaluated_on_different_pictures_are_refused(
 def test_runs_scored_against_different_references_are_refused(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    file = sweep / "2_small/eval/test/pictures.jsonl"
-    file.write_text(file.read_text().replace("first of p007", "another"))
+    file = sweep / "2_small/eval/test/pictures.parquet"
+    changed = [
+        dataclasses.replace(record, references=["another"]) if record.image_id == "p007" else record
+        for record in read_pictures(file)
+    ]
+    write_pictures(file, changed)
     status, _, err = run_main(capsys, sweep)
     assert status == 1
     assert "the references of 'p007' differ" in err
@@ -354,7 +382,7 @@ def test_runs_scored_against_different_references_are_refused(
         ("metrics.csv", "a,b\n1,2\n", "no column 'step'"),
         ("eval/test/scores.json", "[]", "an object of scores is needed"),
         ("eval/test/captions.json", "", "captions.json: not JSON"),
-        ("eval/test/pictures.jsonl", "{}\n", "pictures.jsonl: line 1 is damaged"),
+        ("eval/test/pictures.parquet", "PAR1 no more", "pictures.parquet: is damaged"),
         (
             "eval/test/captions.json",
             '[{"image_id": "p000", "caption": "new"}]',

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,6 +28,7 @@ from efficap.evaluation.scores import (
     score_captions,
     score_pictures,
 )
+from efficap.evaluation.sums import METEOR_COUNTS, meteor
 
 REFERENCES = {
     "dogs.jpg": ["Two dogs run across the wet sand.", "A pair of dogs is running on a beach"],
@@ -175,7 +177,26 @@ def test_an_empty_caption_is_scored_and_moves_no_other():
 @pytest.mark.slow
 def test_meteor_takes_empty_captions_and_separators():
     references = [["a dog runs", ""], ["a cat ||| sits"], ["a bird"]]
-    assert 0 < java.meteor(["a dog runs", "a cat ||| sits", ""], references) < 1
+    score, statistics = java.meteor(["a dog runs", "a cat ||| sits", ""], references)
+    assert 0 < score < 1
+    assert statistics.shape == (3, METEOR_COUNTS)
+
+
+@pytest.mark.slow
+def test_meteor_of_summed_statistics_is_meteors_own():
+    """Of captions with matches of all kinds, exact ones among them, and of any part of them."""
+    rng = np.random.default_rng(0)
+    texts = [text for i in PREDICTIONS for text in (PREDICTIONS[i], *REFERENCES[i])]
+    words = java.tokenize([*texts, "running dogs", "a puppy", "bikes", "vessels", "", "dog", "dog dog"])
+    captions = [*words, *(" ".join(rng.choice(" ".join(words).split(), 6)) for _ in range(20))]
+    references = [
+        [str(rng.choice(words[:15])), caption if n % 3 else "a dog"] for n, caption in enumerate(captions)
+    ]
+    whole, statistics = java.meteor(captions, references)
+    assert meteor(statistics.sum(axis=0)) == pytest.approx(whole, abs=1e-12)
+    some = rng.choice(len(captions), 11)
+    alone, _ = java.meteor([captions[n] for n in some], [references[n] for n in some])
+    assert meteor(statistics[some].sum(axis=0)) == pytest.approx(alone, abs=1e-12)
 
 
 def test_one_failing_metric_leaves_the_others(monkeypatch):
@@ -353,18 +374,21 @@ def test_the_pictures_counts_sum_up_to_the_corpus_bleu(plain_path):
 
 def test_what_is_known_of_each_picture_is_read_as_it_was_written(tmp_path):
     scores = score_pictures(PREDICTIONS, REFERENCES)
+    scores["boat.jpg"] = scores["boat.jpg"]._replace(meteor=0.25, rouge_l=0.5)
     records = [
         PictureRecord(i, PREDICTIONS[i], REFERENCES[i], Path("images") / i, scores[i]) for i in PREDICTIONS
     ]
     records.append(PictureRecord("in a shard\n", "a \u2028 caption", ["é", "b"]))
-    write_pictures(tmp_path / "eval" / "pictures.jsonl", records)
-    assert read_pictures(tmp_path / "eval" / "pictures.jsonl") == records
+    write_pictures(tmp_path / "eval" / "pictures.parquet", records)
+    assert read_pictures(tmp_path / "eval" / "pictures.parquet") == records
+    table = pd.read_parquet(tmp_path / "eval" / "pictures.parquet")
+    assert table["CIDEr"][:5].tolist() == [scores[i].cider for i in PREDICTIONS]
 
 
 @pytest.mark.parametrize("line", ['{"image_id": "a"}', '{"image_id": "a', "[]", "\udc00"])
 def test_a_damaged_line_of_pictures_is_named(tmp_path, line):
-    write_pictures(tmp_path / "pictures.jsonl", [PictureRecord("a", "b", ["c"])])
+    row = {"image_id": "a", "caption": "b", "references": ["c"], "image": None, "CIDEr": None, "BLEU": None}
     with (tmp_path / "pictures.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(line.replace("\udc00", "\udcff"))
+        file.write(json.dumps(row) + "\n" + line.replace("\udc00", "\udcff"))
     with pytest.raises(InputError, match=r"pictures.jsonl: line 2 is damaged .*run eval.py again"):
         read_pictures(tmp_path / "pictures.jsonl")

@@ -12,79 +12,140 @@ import torch
 from PIL import Image
 from rich.console import Console
 
-from efficap.commands.subject import open_ensemble, open_run
+from efficap.commands.checks import checks_of, loss_probe, own_and_other_cider
+from efficap.commands.subject import Subject, open_ensemble, open_run
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding
 from efficap.errors import InputError
+from efficap.evaluation.bootstrap import score_intervals
+from efficap.evaluation.grounding import checks_line, verdict_line
 from efficap.evaluation.groups import check_groups, groups_table, score_groups
-from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, write_pictures
+from efficap.evaluation.objects import read_instances
+from efficap.evaluation.pictures import LINES_FILE, PICTURES_FILE, PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
 from efficap.evaluation.results import write_coco_results, write_predictions, write_scores
 from efficap.evaluation.scores import (
+    PictureScores,
     Scores,
     check_java,
     check_metrics,
     distinct_share,
-    score_captions,
-    score_pictures,
+    picture_scores,
+    score_split,
 )
+from efficap.evaluation.signature import signature
+from efficap.evaluation.sums import Parts
 
 SHEET = 12  # pictures of sheet.png
 
 
-def evaluate(cfg: dict[str, Any]) -> Scores:
+def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
 
     Writes RUN/eval/SPLIT/captions.json and results.json (COCO's results format, with COCO's numbers where the table has
-    them), scores.json, pictures.jsonl (what `python -m efficap.evaluation.compare` reads), index.html and sheet.png; of
-    an ensemble the same below its own folder.
+    them), scores.json, pictures.parquet (what `python -m efficap.evaluation.compare` reads), index.html and sheet.png;
+    of an ensemble the same below its own folder.
 
     Raises:
         InputError: no such run, split or column, no Java, a GPU that is not there, runs that make no ensemble.
     """
     check_metrics(cfg["metrics"])
+    _check_counts(cfg)
     if cfg["metrics"]:
         check_java()
+    given = cfg["checks"]["instances"]
+    instances = read_instances(Path(given).expanduser()) if given is not None else None
     subject = open_ensemble(cfg) if cfg["ensemble"] else open_run(cfg)
     split, data, writer = cfg["split"], subject.data, subject.writer
     group_of = _groups(data, cfg)
 
     out = subject.out / split
-    predictions: dict[str, str] = {}
-    references: dict[str, list[str]] = {}
-    with torch.inference_mode():
-        for images, image_ids, texts in subject.batches(split):
-            captions = (best.text for best, *_ in writer.write(images, image_ids))
-            predictions |= dict(zip(image_ids, captions, strict=True))
-            references |= dict(zip(image_ids, texts, strict=True))
+    probe = loss_probe(subject, cfg["checks"]["loss_pictures"])
+    predictions, references = _captioned(subject, split)
     _write_captions(out, predictions, data.coco_ids())
 
     scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(writer.decoding)}
     scores |= {"ensemble": ", ".join(subject.runs)} if subject.runs else {}
     scores["precision"] = subject.precision
-    if cfg["metrics"]:
-        scores |= score_captions(predictions, references, metrics=cfg["metrics"])
-    if "CIDEr" in cfg["metrics"] and len(predictions) > 1:
-        scores["CIDEr-shuffled"] = _shuffled_cider(predictions, references)
+    found, parts = _scored(predictions, references, cfg["metrics"])
+    scores |= found
+    cider = own_and_other_cider(predictions, references, scores, parts)
+    if cider:
+        scores["CIDEr-shuffled"] = sum(other for _, other in cider) / len(cider)
     scores["distinct"] = distinct_share(list(predictions.values()))
     if group_of:
         scores |= score_groups(predictions, references, group_of, metrics=cfg["metrics"])
-    write_scores(out / "scores.json", scores)
+    intervals = _intervals(scores, parts, cfg["intervals"])
+    losses = probe.losses(references) if probe else None
+    checks, missing = checks_of(subject, cfg, predictions, references, losses, cider, instances)
+    line = _signature(subject, cfg, references)
+    result = {**scores, "intervals": intervals, "checks": checks, "signature": line}
+    write_scores(out / "scores.json", result)
+
     pictures = functools.partial(data.picture, split)
-    records = _records(scores, predictions, references, pictures)
+    records = _records(picture_scores(list(predictions), parts), predictions, references, pictures)
     write_pictures(out / PICTURES_FILE, records)
-    console = Console()
-    console.print(scores_table(scores))
-    if group_of:
-        console.print(groups_table(scores, cfg["by"]))
+    (out / LINES_FILE).unlink(missing_ok=True)  # of an earlier version
     if cfg["gallery"]:
         _write_pages(out, f"{subject.name}: {split}", scores, records, pictures, cfg["gallery"])
-    for note in data.notes():
-        console.print(note, soft_wrap=True, highlight=False, markup=False)
-    console.print(
-        f"captions, scores and pictures: {_shown(out)}", soft_wrap=True, highlight=False, markup=False
+    console = Console()
+    console.print(scores_table(scores, intervals))
+    if group_of:
+        console.print(groups_table(scores, cfg["by"]))
+    lines = [line, checks_line(checks), verdict_line(checks), *data.notes(), *missing]
+    for text in filter(None, [*lines, f"captions, scores and pictures: {_shown(out)}"]):
+        console.print(text, soft_wrap=True, highlight=False, markup=False)
+    return result
+
+
+def _captioned(subject: Subject, split: str) -> tuple[dict[str, str], dict[str, list[str]]]:
+    """The caption and the references of each picture, by image id."""
+    predictions: dict[str, str] = {}
+    references: dict[str, list[str]] = {}
+    with torch.inference_mode():
+        for images, image_ids, texts in subject.batches(split):
+            captions = (best.text for best, *_ in subject.writer.write(images, image_ids))
+            predictions |= dict(zip(image_ids, captions, strict=True))
+            references |= dict(zip(image_ids, texts, strict=True))
+    return predictions, references
+
+
+def _signature(subject: Subject, cfg: dict[str, Any], references: dict[str, list[str]]) -> str:
+    return signature(
+        cfg["split"],
+        references,
+        decoding=_described(subject.writer.decoding),
+        precision=subject.precision,
+        seed=subject.run.config.get("seed") if subject.run else None,
+        resamples=cfg["intervals"]["resamples"],
+        resample_seed=cfg["intervals"]["seed"],
     )
-    return scores
+
+
+def _check_counts(cfg: dict[str, Any]) -> None:
+    for group, name in (("intervals", "resamples"), ("checks", "loss_pictures")):
+        if cfg[group][name] < 0:
+            raise InputError(f"{group}.{name}={cfg[group][name]} must be at least 0; 0 leaves it out")
+
+
+def _scored(
+    predictions: dict[str, str], references: dict[str, list[str]], metrics: list[str]
+) -> tuple[Scores, Parts]:
+    """The scores asked for and what each picture adds to them, and to both CIDEr and BLEU where either is asked for."""
+    if not metrics:
+        return {}, {}
+    both = ["CIDEr", "BLEU"] if {"CIDEr", "BLEU"} & set(metrics) else []
+    scores, parts = score_split(predictions, references, metrics=list(dict.fromkeys([*metrics, *both])))
+    unasked = [metric for metric in both if metric not in metrics]
+    return {name: value for name, value in scores.items() if not name.startswith(tuple(unasked))}, parts
+
+
+def _intervals(scores: Scores, parts: Parts, settings: dict[str, int]) -> dict[str, tuple[float, float]]:
+    """Of the scores asked for, of more than one picture."""
+    if not settings["resamples"] or not parts or len(next(iter(parts.values()))) < 2:
+        return {}
+    found = score_intervals(parts, resamples=settings["resamples"], seed=settings["seed"])
+    return {name: bounds for name, bounds in found.items() if name in scores}
 
 
 def _write_captions(out: Path, predictions: dict[str, str], coco_ids: dict[str, int]) -> None:
@@ -108,31 +169,12 @@ def _groups(data: CaptionData, cfg: dict[str, Any]) -> dict[str, str]:
     return group_of
 
 
-def _shuffled_cider(
-    predictions: dict[str, str], references: dict[str, list[str]]
-) -> float | int | str | None:
-    """CIDEr against the references of other pictures: what a model scores that does not look at the picture.
-
-    Each picture takes the references of the one that comes half a split later.
-    """
-    ids = list(predictions)
-    half = len(ids) // 2
-    others = {
-        image_id: references[other] for image_id, other in zip(ids, ids[half:] + ids[:half], strict=True)
-    }
-    return score_captions(predictions, others, metrics=["CIDEr"])["CIDEr"]
-
-
 def _records(
-    scores: Scores,
+    parts: dict[str, PictureScores],
     predictions: dict[str, str],
     references: dict[str, list[str]],
     pictures: Callable[[str], Path | Image.Image],
 ) -> list[PictureRecord]:
-    """Each picture with its part in CIDEr and BLEU, unless neither was asked for or what was asked for has failed."""
-    asked = [scores[name] for name in ("CIDEr", "BLEU-4") if name in scores]
-    computed = bool(asked) and all(isinstance(value, float) for value in asked)
-    parts = score_pictures(predictions, references) if computed else {}
     files = isinstance(pictures(next(iter(predictions))), Path)  # else each would be read from its shard
     return [
         PictureRecord(

@@ -12,10 +12,9 @@ from rich.text import Text
 
 from efficap.commands.evaluate import evaluate
 from efficap.errors import InputError
-from efficap.evaluation.scores import Scores
 
 
-def evaluate_runs(cfg: dict[str, Any]) -> list[Scores]:
+def evaluate_runs(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     """Evaluate as the plain values of conf/eval.yaml say; returns the scores of each evaluation.
 
     Of several runs one that fails leaves the others alone: it is named at once and at the end.
@@ -27,7 +26,7 @@ def evaluate_runs(cfg: dict[str, Any]) -> list[Scores]:
         return [evaluate(cfg)]
     if not cfg["run"]:
         raise InputError("run=[] names no run; give some, as run=[outputs/a,outputs/b]")
-    results: dict[str, Scores | str] = {}
+    results: dict[str, dict[str, Any] | str] = {}
     for number, run in enumerate(map(str, dict.fromkeys(cfg["run"])), start=1):
         print(f"{run} ({number} of {len(cfg['run'])})", file=sys.stderr)
         try:
@@ -48,7 +47,7 @@ def evaluate_runs(cfg: dict[str, Any]) -> list[Scores]:
     return [result for result in results.values() if not isinstance(result, str)]
 
 
-def _runs_table(results: dict[str, Scores | str]) -> Table:
+def _runs_table(results: dict[str, dict[str, Any] | str]) -> Table:
     """A row for each run: its scores of the whole split, or that it failed."""
     scored = [result for result in results.values() if not isinstance(result, str)]
     names = dict.fromkeys(

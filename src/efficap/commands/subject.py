@@ -41,6 +41,7 @@ class Subject:
         precision: of the weights.
         writer: of captions, its batch size found.
         device: where it computes.
+        run: the single run; None of an ensemble.
         forms: the data, once for each way in which a model cuts and resizes pictures; the first tells all else of them.
     """
 
@@ -50,6 +51,7 @@ class Subject:
     precision: str
     writer: CaptionWriter
     device: torch.device
+    run: RunDirectory | None
     forms: list[CaptionData]
 
     @property
@@ -89,7 +91,7 @@ def open_run(cfg: dict[str, Any]) -> Subject:
     batch_size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
     data = _prepared_data(run, preprocessing(run.config["model"]), cfg, tokenizer, batch_size)
     name = str(run.config["name"])
-    return Subject(name, run.path / "eval", [], _name(precision), writer, device, [data])
+    return Subject(name, run.path / "eval", [], _name(precision), writer, device, run, [data])
 
 
 def open_ensemble(cfg: dict[str, Any]) -> Subject:
@@ -123,7 +125,7 @@ def open_ensemble(cfg: dict[str, Any]) -> Subject:
     precisions = ", ".join(dict.fromkeys(_name(precision) for _, precision in placements))
     given = [str(path) for path in cfg["run"]]
     out = Path(cfg["ensemble_dir"]).expanduser().resolve()
-    return Subject(f"ensemble of {len(runs)} runs", out, given, precisions, writer, device, forms)
+    return Subject(f"ensemble of {len(runs)} runs", out, given, precisions, writer, device, None, forms)
 
 
 def _shared_tokenizer(runs: list[RunDirectory]) -> CaptionTokenizer:

@@ -18,7 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from efficap.errors import InputError
+from efficap.evaluation.sums import METEOR_COUNTS
 
 # METEOR reads its own numbers by the locale. Java keeps the one for formats apart from the language, and the
 # country counts as well: in South Africa, English is written with a decimal comma.
@@ -120,11 +124,17 @@ def tokenize(sentences: Sequence[str]) -> list[str]:
     ]
 
 
-def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """METEOR 1.5 of tokenized captions against their references, 0 to 1 (one number for the corpus).
+def meteor(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> tuple[float, NDArray[np.float64]]:
+    """METEOR 1.5 of N tokenized captions against their references.
 
     Denkowski and Lavie 2014, https://aclanthology.org/W14-3348. Takes about 6 s to start. The Java process
     has ended when this returns or raises.
+
+    Returns:
+        The corpus' score, 0 to 1; and (N, 23) statistics of each caption, as `efficap.evaluation.sums.meteor` adds
+        them up.
 
     Raises:
         InputError: no Java runtime.
@@ -159,7 +169,7 @@ def meteor(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> f
 
 def _converse(
     process: subprocess.Popen[bytes], predictions: Sequence[str], references: Sequence[Sequence[str]]
-) -> float:
+) -> tuple[float, NDArray[np.float64]]:
     """One question and one answer for each image, then the score of the sum of all answers."""
     assert process.stdin is not None
     assert process.stdout is not None
@@ -173,7 +183,15 @@ def _converse(
     first = _ask(process.stdin, process.stdout, " ||| ".join(["EVAL", *statistics]))
     # EVAL answers with one score for each image and then with the corpus'.
     answers = [first] + [process.stdout.readline().decode().strip() for _ in statistics]
-    return float(answers[-1])
+    return float(answers[-1]), _summands([[float(number) for number in line.split()] for line in statistics])
+
+
+def _summands(statistics: list[list[float]]) -> NDArray[np.float64]:
+    """The (N, 23) statistics as METEOR adds them up: a caption that equals its reference is in no chunk."""
+    numbers = np.array(statistics).reshape(-1, METEOR_COUNTS)
+    words, chunks, matched = numbers[:, 0:2], numbers[:, 20], numbers[:, 21:23]
+    chunks[(words == matched).all(axis=1) & (chunks == 1)] = 0
+    return numbers
 
 
 def _ask(stdin: IO[bytes], stdout: IO[bytes], question: str) -> str:

@@ -3,16 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
+
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
-from efficap.evaluation.scores import BLEU_COUNTS, PictureScores
+from efficap.evaluation.scores import PictureScores
+from efficap.evaluation.sums import BLEU_COUNTS
 
-PICTURES_FILE = "pictures.jsonl"
+PICTURES_FILE = "pictures.parquet"
+LINES_FILE = (
+    "pictures.jsonl"  # of evaluations before there was Parquet: the same columns, a line of JSON for each
+)
+_SCHEMA = pa.schema(
+    [
+        ("image_id", pa.string()),
+        ("caption", pa.string()),
+        ("references", pa.list_(pa.string())),
+        ("image", pa.string()),
+        ("CIDEr", pa.float64()),
+        ("METEOR", pa.float64()),
+        ("ROUGE-L", pa.float64()),
+        ("BLEU", pa.list_(pa.int64())),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +43,7 @@ class PictureRecord:
         caption: what the model wrote.
         references: what people wrote.
         image: its file; None where it has none of its own, as in a shard.
-        scores: its part in CIDEr and BLEU; None where neither was computed.
+        scores: its part in the scores; None where neither CIDEr nor BLEU was computed.
     """
 
     image_id: str
@@ -34,43 +53,55 @@ class PictureRecord:
     scores: PictureScores | None = None
 
 
-def write_pictures(path: Path, records: Iterable[PictureRecord]) -> None:
-    """Write a line of JSON for each picture: ``image_id``, ``caption``, ``references``, ``image``, ``CIDEr``, ``BLEU``.
+def write_pictures(path: Path, records: Sequence[PictureRecord]) -> None:
+    """Write a Parquet file with a row for each picture, its scores under their names.
 
     ``BLEU`` holds the counts of `PictureScores.bleu`.
     """
+    rows = [
+        {
+            "image_id": record.image_id,
+            "caption": record.caption,
+            "references": list(record.references),
+            "image": None if record.image is None else str(record.image),
+            "CIDEr": record.scores and record.scores.cider,
+            "METEOR": record.scores and record.scores.meteor,
+            "ROUGE-L": record.scores and record.scores.rouge_l,
+            "BLEU": record.scores and list(record.scores.bleu),
+        }
+        for record in records
+    ]
     with replacing(path) as file:
-        for record in records:
-            row = {
-                "image_id": record.image_id,
-                "caption": record.caption,
-                "references": list(record.references),
-                "image": None if record.image is None else str(record.image),
-                "CIDEr": record.scores and record.scores.cider,
-                "BLEU": record.scores and list(record.scores.bleu),
-            }
-            file.write((json.dumps(row) + "\n").encode())
+        pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
+
+
+def find_pictures(folder: Path) -> Path | None:
+    """The file of an evaluation's folder that `read_pictures` reads; None where there is none."""
+    files = (folder / name for name in (PICTURES_FILE, LINES_FILE))
+    return next((file for file in files if file.is_file()), None)
 
 
 def read_pictures(path: Path) -> list[PictureRecord]:
-    """Read what `write_pictures` wrote.
+    """Read what `write_pictures` wrote, or the lines of JSON of an earlier version.
 
     Raises:
-        InputError: no such file, or a line that is no such record; the message names the line.
+        InputError: no such file, or a damaged one; of lines, the message names the one.
     """
-    records = []
+    number = 0
     try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
+        if path.suffix == ".jsonl":
+            records = []
+            with path.open("rb") as file:
+                for number, line in enumerate(file, start=1):  # noqa: B007
                     records.append(_record(json.loads(line)))
-                except (ValueError, KeyError, TypeError) as error:
-                    raise InputError(
-                        f"{path}: line {number} is damaged ({type(error).__name__}: {error}); run eval.py again"
-                    ) from error
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-    return records
+            return records
+        return [_record(row) for row in pq.read_table(path).to_pylist()]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.strerror:  # Arrow's own, of a damaged file, have none
+            raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+        where = f"line {number} is damaged" if number else "is damaged"
+        why = " ".join(f"{type(error).__name__}: {error}".split())
+        raise InputError(f"{path}: {where} ({why}); run eval.py again") from error
 
 
 def _record(row: dict[str, Any]) -> PictureRecord:
@@ -79,6 +110,6 @@ def _record(row: dict[str, Any]) -> PictureRecord:
         counts = tuple(int(count) for count in row["BLEU"])
         if len(counts) != BLEU_COUNTS:
             raise ValueError(f"{len(counts)} counts in place of {BLEU_COUNTS}")
-        scores = PictureScores(float(row["CIDEr"]), counts)
+        scores = PictureScores(float(row["CIDEr"]), counts, row.get("METEOR"), row.get("ROUGE-L"))
     image = None if row["image"] is None else Path(row["image"])
     return PictureRecord(str(row["image_id"]), str(row["caption"]), list(row["references"]), image, scores)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from efficap.evaluation.curves import plot_curves
@@ -18,12 +19,13 @@ PERCENT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 ERROR = "_error"
 
 
-def scores_table(scores: Scores) -> Table:
+def scores_table(scores: Scores, intervals: Mapping[str, tuple[float, float]] | None = None) -> Table:
     """The scores for the screen, as computed and as papers print them (×100); failed metrics with the reason.
 
     Args:
         scores: as `score_captions` returns them; ``split``, ``images`` and ``decoding`` go to the title, those of
             groups (``in-domain/CIDEr``) to `groups_table`, all else to rows.
+        intervals: by score, where there are any.
     """
     from rich.table import Table
     from rich.text import Text
@@ -35,6 +37,8 @@ def scores_table(scores: Scores) -> Table:
     table.add_column("metric", no_wrap=True)
     table.add_column("score", justify="right", no_wrap=True)
     table.add_column("×100", justify="right", no_wrap=True)  # noqa: RUF001
+    if intervals:
+        table.add_column("95 % interval", justify="right", no_wrap=True)
     reasons = {name.removesuffix(ERROR): str(why) for name, why in scores.items() if name.endswith(ERROR)}
     if reasons:
         table.add_column("reason")
@@ -43,9 +47,15 @@ def scores_table(scores: Scores) -> Table:
             continue
         if value is None:  # BLEU fails as one: its reason stands at the first of its four rows
             reason = reasons.pop(name, "") or reasons.pop(name.split("-")[0], "")
-            table.add_row(Text(name), Text("failed", style="bold red"), "", Text(reason, style="red"))
+            bounds = [""] if intervals else []
+            table.add_row(
+                Text(name), Text("failed", style="bold red"), "", *bounds, Text(reason, style="red")
+            )
         elif isinstance(value, float):
-            table.add_row(Text(name), f"{value:.3f}", f"{100 * value:.1f}" if name in PERCENT else "")
+            cells = [f"{value:.3f}", f"{100 * value:.1f}" if name in PERCENT else ""]
+            if intervals and name in intervals:
+                cells.append("{:.3f} … {:.3f}".format(*intervals[name]))
+            table.add_row(Text(name), *cells)
         else:
             table.add_row(Text(name), Text(str(value)), "")
     return table

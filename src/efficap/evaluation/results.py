@@ -7,10 +7,9 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from efficap.errors import InputError
-from efficap.evaluation.scores import Scores
 
 SHOWN = 3  # ids named in an error message
 
@@ -65,8 +64,8 @@ def read_predictions(path: Path) -> dict[str, str]:
     return dict(pairs)
 
 
-def write_scores(path: Path, scores: Scores) -> None:
-    """Write the flat dict of scores as one JSON object; failed metrics are null and keep their reason.
+def write_scores(path: Path, scores: Mapping[str, Any]) -> None:
+    """Write scores and what belongs to them as one JSON object; failed metrics are null and keep their reason.
 
     Raises:
         ValueError: a score is not a finite number, which JSON cannot hold.
@@ -75,7 +74,7 @@ def write_scores(path: Path, scores: Scores) -> None:
         file.write((json.dumps(scores, indent=2, allow_nan=False) + "\n").encode())
 
 
-def read_scores(path: Path) -> Scores:
+def read_scores(path: Path) -> dict[str, Any]:
     """Read what `write_scores` wrote.
 
     Raises:

@@ -9,28 +9,32 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from efficap.errors import InputError
 from efficap.evaluation import java
 from efficap.evaluation.java import check_java
+from efficap.evaluation.sums import Floats, Parts, meteor
 
 __all__ = [
     "ALL_METRICS",
-    "BLEU_COUNTS",
     "PictureScores",
     "Scores",
     "check_java",
     "check_metrics",
     "cider_per_image",
     "distinct_share",
+    "picture_scores",
     "score_captions",
     "score_pictures",
+    "score_split",
 ]
 
 Scores = dict[str, float | int | str | None]
 Tokenized = dict[str, list[str]]  # image id -> tokenized captions
+Values = tuple[list[float], Floats]  # the scores of a metric, and (N, C) what each picture adds
 
 SHOWN = 3  # ids named in an error message
-BLEU_COUNTS = 10  # of a picture
 
 
 class PictureScores(NamedTuple):
@@ -40,10 +44,14 @@ class PictureScores(NamedTuple):
         cider: 0 to 10, by document frequencies of the split; their mean is the split's.
         bleu: ten counts, whose sums over a split give its BLEU: words of the caption and of the reference closest in
             length, n-grams of 1 to 4 words in the caption, and those of them that a reference has.
+        meteor: 0 to 1; the split's is no mean of them. None where it was not computed.
+        rouge_l: 0 to 1; their mean is the split's. None where it was not computed.
     """
 
     cider: float
     bleu: tuple[int, ...]
+    meteor: float | None = None
+    rouge_l: float | None = None
 
 
 def score_captions(
@@ -72,28 +80,40 @@ def score_captions(
     Raises:
         InputError: no images, unequal ids, an image without a reference, an unknown metric, no Java runtime.
     """
+    return score_split(predictions, references, metrics=metrics)[0]
+
+
+def score_split(
+    predictions: Mapping[str, str],
+    references: Mapping[str, Sequence[str]],
+    *,
+    metrics: Sequence[str] | None = None,
+) -> tuple[Scores, Parts]:
+    """What `score_captions` returns, and of each metric that did not fail what each picture, in turn, adds to it."""
     names = list(ALL_METRICS if metrics is None else metrics)
     check_metrics(names)
     _check_ids(predictions, references)
     check_java()
     scores: Scores = {}
+    parts: Parts = {}
     try:
         predicted, expected = _tokenize(predictions, references)
     except (OSError, RuntimeError) as error:  # a long training must outlive this, too
         for name in names:
             scores |= _failed(name, error)
-        return scores
+        return scores, parts
     for name in names:
         keys, compute = _METRICS[name]
         try:
-            values = compute(predicted, expected)
+            values, part = compute(predicted, expected)
             if not all(math.isfinite(value) for value in values):
                 raise ArithmeticError(f"not a finite number: {values}")
         except Exception as error:  # whatever ails one scorer is recorded, and the others stand
             scores |= _failed(name, error)
         else:
             scores |= dict(zip(keys, values, strict=True))
-    return scores
+            parts[name] = part
+    return scores, parts
 
 
 def check_metrics(names: Sequence[str]) -> None:
@@ -107,7 +127,9 @@ def cider_per_image(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
     """CIDEr of each image (0 to 10); their mean is the corpus' score. Raises as `score_pictures` does."""
-    return {image_id: scores.cider for image_id, scores in score_pictures(predictions, references).items()}
+    _check_ids(predictions, references)
+    _, cider = _cider(*_tokenize(predictions, references))
+    return dict(zip(predictions, cider[:, 0].tolist(), strict=True))
 
 
 def score_pictures(
@@ -119,18 +141,25 @@ def score_pictures(
         InputError: as `score_captions`.
         RuntimeError: the tokenizer failed.
     """
-    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
-    from pycocoevalcap.cider.cider import Cider
-
     _check_ids(predictions, references)
     predicted, expected = _tokenize(predictions, references)
-    _, cider = Cider().compute_score(expected, predicted)
-    scores = {}
-    for image_id, score in zip(predicted, cider, strict=True):
-        counts = cook_test(predicted[image_id][0], cook_refs(expected[image_id]), "closest")
-        bleu = (counts["testlen"], counts["reflen"], *counts["guess"], *counts["correct"])
-        scores[image_id] = PictureScores(float(score), bleu)
-    return scores
+    (_, bleu), (_, cider) = _bleu(predicted, expected), _cider(predicted, expected)
+    return picture_scores(list(predictions), {"BLEU": bleu, "CIDEr": cider})
+
+
+def picture_scores(image_ids: Sequence[str], parts: Parts) -> dict[str, PictureScores]:
+    """By image what `score_split` found; nothing unless both CIDEr and BLEU are among it."""
+    if not parts.keys() >= {"CIDEr", "BLEU"}:
+        return {}
+    nothing = [None] * len(image_ids)
+    rows = zip(
+        parts["CIDEr"][:, 0].tolist(),
+        (tuple(map(int, counts)) for counts in parts["BLEU"]),
+        meteor(parts["METEOR"]).tolist() if "METEOR" in parts else nothing,
+        parts["ROUGE-L"][:, 0].tolist() if "ROUGE-L" in parts else nothing,
+        strict=True,
+    )
+    return {image_id: PictureScores(*row) for image_id, row in zip(image_ids, rows, strict=True)}
 
 
 def distinct_share(captions: Sequence[str]) -> float:
@@ -177,31 +206,39 @@ def _failed(name: str, error: Exception) -> Scores:
     return {**dict.fromkeys(_METRICS[name][0]), f"{name}_error": why}
 
 
-def _bleu(predicted: Tokenized, expected: Tokenized) -> list[float]:
+def _bleu(predicted: Tokenized, expected: Tokenized) -> Values:
     from pycocoevalcap.bleu.bleu import Bleu
+    from pycocoevalcap.bleu.bleu_scorer import cook_refs, cook_test
 
     scores, _ = Bleu(4).compute_score(expected, predicted, verbose=0)
-    return [float(score) for score in scores]
+    cooked = [cook_test(predicted[i][0], cook_refs(expected[i]), "closest") for i in predicted]
+    counts = [[c["testlen"], c["reflen"], *c["guess"], *c["correct"]] for c in cooked]
+    return [float(score) for score in scores], np.array(counts, np.float64)
 
 
-def _meteor(predicted: Tokenized, expected: Tokenized) -> list[float]:
-    return [java.meteor([captions[0] for captions in predicted.values()], list(expected.values()))]
+def _meteor(predicted: Tokenized, expected: Tokenized) -> Values:
+    score, statistics = java.meteor([captions[0] for captions in predicted.values()], list(expected.values()))
+    return [score], statistics
 
 
-def _rouge(predicted: Tokenized, expected: Tokenized) -> list[float]:
+def _rouge(predicted: Tokenized, expected: Tokenized) -> Values:
     from pycocoevalcap.rouge.rouge import Rouge
 
-    return [float(Rouge().compute_score(expected, predicted)[0])]
+    return _mean_of(*Rouge().compute_score(expected, predicted))
 
 
-def _cider(predicted: Tokenized, expected: Tokenized) -> list[float]:
+def _cider(predicted: Tokenized, expected: Tokenized) -> Values:
     from pycocoevalcap.cider.cider import Cider
 
-    return [float(Cider().compute_score(expected, predicted)[0])]
+    return _mean_of(*Cider().compute_score(expected, predicted))
 
 
-# Name -> the keys of its scores, and the function that gives their values.
-_METRICS: dict[str, tuple[tuple[str, ...], Callable[[Tokenized, Tokenized], list[float]]]] = {
+def _mean_of(score: float, of_pictures: Sequence[float]) -> Values:
+    return [float(score)], np.asarray(of_pictures, np.float64)[:, None]
+
+
+# Name -> the keys of its scores, and the function that gives their values and what each picture adds.
+_METRICS: dict[str, tuple[tuple[str, ...], Callable[[Tokenized, Tokenized], Values]]] = {
     "BLEU": (("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4"), _bleu),
     "METEOR": (("METEOR",), _meteor),
     "ROUGE-L": (("ROUGE-L",), _rouge),

@@ -140,10 +140,13 @@ class DecodingState:
     """The step function that `efficap.decoding` drives, over the pictures it was started with.
 
     The memory's keys and values are projected once and shared by all rows of a picture.
+
+    Attributes:
+        memory: (B, N, D), of the pictures it was started with.
     """
 
     def __init__(self, decoder: GPT2, memory: Tensor, max_tokens: int) -> None:
-        self.decoder = decoder
+        self.decoder, self.memory = decoder, memory
         self.cache = DecodingCache(decoder.project_memory(memory), max_tokens, decoder.empty_slot)
 
     def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None = None) -> Tensor:
@@ -171,6 +174,7 @@ class FixedDecodingState:
         step: Callable[[Tensor, DecodingCache], Tensor],
     ) -> None:
         self.decoder, self.step = decoder, step
+        self.memory = memory[:pictures]
         keys_and_values = [(k.contiguous(), v.contiguous()) for k, v in decoder.project_memory(memory)]
         self.cache = FixedCache(keys_and_values, max_tokens, decoder.empty_slot)
         self.open = torch.arange(

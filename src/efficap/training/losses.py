@@ -33,9 +33,28 @@ def batch_loss(
     read = batch.tokens[..., :-1]  # (B, K, T - 1)
     if token_dropout:
         read = drop_tokens(read, token_dropout, captioner.decoder.wte.num_embeddings)
-    hidden = captioner.hidden_states(memory, read, batch.places)  # (n, D)
-    head = captioner.decoder.wte.weight
-    return caption_loss(hidden, head, batch.targets, label_smoothing=label_smoothing)
+    return memory_loss(captioner, memory, read, batch.places, batch.targets, label_smoothing=label_smoothing)
+
+
+def memory_loss(
+    captioner: CaptionModel,
+    memory: Tensor,
+    read: Tensor,
+    places: Tensor,
+    targets: Tensor,
+    *,
+    label_smoothing: float,
+) -> Tensor:
+    """`caption_loss` of captions that are read with a memory, be it of their pictures or not.
+
+    Args:
+        memory: (B, N, D).
+        read: (B, K, T) int64, the captions.
+        places: (n,) int64, of the flattened `read`, those that have a next token.
+        targets: (n,) int64, these next tokens.
+    """
+    hidden = captioner.hidden_states(memory, read, places)  # (n, D)
+    return caption_loss(hidden, captioner.decoder.wte.weight, targets, label_smoothing=label_smoothing)
 
 
 def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothing: float) -> Tensor:

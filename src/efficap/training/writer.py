@@ -6,15 +6,15 @@ B images, n captions of each, T tokens, N latent positions.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficap.decoding import Decoding
-from efficap.models.captioner import CaptionModel
+from efficap.decoding import Decoding, Step
+from efficap.models.captioner import CaptionModel, DecodingState, FixedDecodingState
 from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble
@@ -58,6 +58,8 @@ class CaptionWriter:
 
     Attributes:
         batch_size: the largest number of pictures at a time; None until `find_batch_size` was asked for it.
+        on_encoded: is told the ids and the (B, N, D) memory of pictures as a single model of torch's encodes them; of
+            some again where memory ran out after it.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class CaptionWriter:
     ) -> None:
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
         self.batch_size = decoding.batch_size
+        self.on_encoded: Callable[[list[str], Tensor], object] | None = None
 
     def find_batch_size(self, image: Tensor) -> int:
         """The number of pictures at a time: decoding.batch_size, or else what fits into the memory that is free now.
@@ -131,7 +134,7 @@ class CaptionWriter:
 
     def _write(self, images: Tensor, image_ids: list[str], attention: bool) -> list[list[WrittenCaption]]:
         decoded = self.decoding.decode(
-            self.captioner.start(images, self.decoding.max_tokens),
+            self._start(images, image_ids),
             image_ids,
             bos_id=self.tokenizer.bos_id,
             eos_id=self.tokenizer.eos_id,
@@ -167,6 +170,12 @@ class CaptionWriter:
             ]
             for of_image in rows
         ]
+
+    def _start(self, images: Tensor, image_ids: list[str]) -> Step:
+        state = self.captioner.start(images, self.decoding.max_tokens)
+        if self.on_encoded and isinstance(state, DecodingState | FixedDecodingState):
+            self.on_encoded(image_ids, state.memory)
+        return state
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

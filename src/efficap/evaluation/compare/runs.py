@@ -12,9 +12,8 @@ from typing import Any
 import yaml
 
 from efficap.errors import InputError
-from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, read_pictures
+from efficap.evaluation.pictures import PictureRecord, find_pictures, read_pictures
 from efficap.evaluation.results import read_predictions, read_scores
-from efficap.evaluation.scores import Scores
 
 CONFIG_FILE = "config.yaml"
 _KEYS = {"name", "model", "data"}
@@ -30,10 +29,10 @@ class Evaluation:
     Attributes:
         scores: of scores.json.
         image_ids: sorted.
-        pictures: in the order of `image_ids`; empty where there is no pictures.jsonl.
+        pictures: in the order of `image_ids`; empty where there is no file of them.
     """
 
-    scores: Scores
+    scores: dict[str, Any]
     image_ids: list[str]
     pictures: list[PictureRecord]
 
@@ -126,9 +125,10 @@ def _config(file: Path) -> dict[str, Any]:
 def _evaluation(folder: Path) -> Evaluation:
     scores, captions = read_scores(folder / "scores.json"), read_predictions(folder / "captions.json")
     image_ids = sorted(captions)
-    if not (folder / PICTURES_FILE).is_file():
+    file = find_pictures(folder)
+    if file is None:
         return Evaluation(scores, image_ids, [])
-    pictures = sorted(read_pictures(folder / PICTURES_FILE), key=lambda picture: picture.image_id)
+    pictures = sorted(read_pictures(file), key=lambda picture: picture.image_id)
     same = {picture.image_id: picture.caption for picture in pictures} == captions and len(pictures) == len(
         captions
     )
@@ -139,7 +139,7 @@ def _evaluation(folder: Path) -> Evaluation:
         same = abs(mean - cider) < _CLOSE
     if not same:
         raise InputError(
-            f"{folder}: captions.json, scores.json and {PICTURES_FILE} are of different evaluations; run eval.py again"
+            f"{folder}: captions.json, scores.json and {file.name} are of different evaluations; run eval.py again"
         )
     return evaluation
 

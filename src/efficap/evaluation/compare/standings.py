@@ -7,9 +7,10 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from efficap.evaluation.compare.bootstrap import Floats, interval, p_value, resample
+from efficap.evaluation.bootstrap import interval, p_value, resample
 from efficap.evaluation.compare.groups import Group
 from efficap.evaluation.compare.runs import METRICS, Run
+from efficap.evaluation.sums import Floats
 
 RESAMPLED = ("CIDEr", "BLEU-4")
 

@@ -1,6 +1,6 @@
-"""Whether a difference between captioners is chance: the paired bootstrap over the pictures of a split.
+"""How much a score owes to the pictures of a split, and whether a difference is chance: the bootstrap over pictures.
 
-N pictures, S runs, R resamples.
+N pictures, S runs, R resamples, C numbers of each picture.
 """
 
 from __future__ import annotations
@@ -9,15 +9,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
-from efficap.evaluation.scores import BLEU_COUNTS, PictureScores
-
-Floats = NDArray[np.float64]
+from efficap.evaluation.scores import PictureScores
+from efficap.evaluation.sums import BLEU_COUNTS, Floats, Parts, bleu, scores_of_sums
 
 CONFIDENCE = 0.95
 _AT_ONCE = 2_000_000  # pictures drawn at once: some 50 MB
-_TINY, _SMALL = 1e-15, 1e-9  # pycocoevalcap's, so that a caption without a match gives 0 and no error
 
 
 @dataclass(frozen=True)
@@ -59,6 +56,21 @@ def resample(
     cider = np.array([[picture.cider for picture in run] for run in runs]).T  # (N, S)
     counts = np.array([[picture.bleu for picture in run] for run in runs], np.float64)  # (S, N, 10)
     columns = np.concatenate([cider, counts.transpose(1, 0, 2).reshape(n, -1)], axis=1)  # (N, 11 S)
+    sums = resampled_sums(columns, resamples=resamples, seed=seed, advance=advance)
+    everything = columns.sum(axis=0)
+    return Resampled(
+        cider=sums[:, :s] / n,
+        bleu4=bleu(sums[:, s:].reshape(resamples, s, BLEU_COUNTS))[..., 3],
+        cider_of_all=everything[:s] / n,
+        bleu4_of_all=bleu(everything[s:].reshape(s, BLEU_COUNTS))[..., 3],
+    )
+
+
+def resampled_sums(
+    columns: Floats, *, resamples: int, seed: int, advance: Callable[[int], object] = lambda done: None
+) -> Floats:
+    """Sums over R resamples of the N pictures, (N, C) -> (R, C); the same resamples for the same N, R and seed."""
+    n = len(columns)
     rng = np.random.default_rng(seed)
     at_once = max(1, _AT_ONCE // n)
     sums = np.empty((resamples, columns.shape[1]))
@@ -68,28 +80,28 @@ def resample(
         times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)  # that a picture is drawn
         sums[start : start + size] = times.astype(np.float64) @ columns
         advance(size)
-    everything = columns.sum(axis=0)
-    return Resampled(
-        cider=sums[:, :s] / n,
-        bleu4=bleu4(sums[:, s:].reshape(resamples, s, BLEU_COUNTS)),
-        cider_of_all=everything[:s] / n,
-        bleu4_of_all=bleu4(everything[s:].reshape(s, BLEU_COUNTS)),
-    )
+    return sums
 
 
-def bleu4(counts: Floats) -> Floats:
-    """BLEU-4 (Papineni et al. 2002, https://aclanthology.org/P02-1040) of summed counts, as pycocoevalcap has it.
+def score_intervals(parts: Parts, *, resamples: int, seed: int) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of each score of one captioner, over R resamples of the N pictures.
 
     Args:
-        counts: (…, 10), sums of `PictureScores.bleu`.
-
-    Returns:
-        (…), 0 to 1.
+        parts: of each metric what the pictures add.
+        resamples: R.
+        seed: of the drawing.
     """
-    words, closest, guesses, matches = counts[..., 0], counts[..., 1], counts[..., 2:6], counts[..., 6:]
-    precision = np.prod((matches + _TINY) / (guesses + _SMALL), axis=-1) ** 0.25
-    ratio = (words + _TINY) / (closest + _SMALL)
-    return np.asarray(precision * np.exp(np.minimum(0.0, 1 - 1 / ratio)))
+    if not parts:
+        return {}
+    n = len(next(iter(parts.values())))
+    sums = resampled_sums(np.concatenate(list(parts.values()), axis=1), resamples=resamples, seed=seed)
+    ends = np.cumsum([part.shape[1] for part in parts.values()])
+    of_metric = dict(zip(parts, np.split(sums, ends[:-1], axis=1), strict=True))
+    return {
+        name: interval(scores)
+        for metric, own in of_metric.items()
+        for name, scores in scores_of_sums(metric, own, n).items()
+    }
 
 
 def interval(scores: Floats) -> tuple[float, float]:
