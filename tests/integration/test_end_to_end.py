@@ -66,7 +66,9 @@ def test_evaluation_writes_captions_then_scores(trained: tuple[Path, Path]) -> N
     pictures = read_pictures(run / "eval/test/pictures.parquet")
     assert [(p.image_id, p.caption) for p in pictures] == [(r["image_id"], r["caption"]) for r in captions]
     assert all(p.image and p.image.is_file() and len(p.references) == 2 and p.scores for p in pictures)
-    assert "data:image/jpeg;base64," in (run / "eval/test/index.html").read_text()
+    page = (run / "eval/test/report.html").read_text()
+    assert page.count('<script type="text/plain" id="picture') == 4
+    assert all(f">{name}<" in page for name in ("CIDEr", "BLEU-4", "distinct captions", "Training"))
 
 
 def test_evaluation_decodes_as_it_is_told(trained: tuple[Path, Path]) -> None:
@@ -76,7 +78,7 @@ def test_evaluation_decodes_as_it_is_told(trained: tuple[Path, Path]) -> None:
                 "decoding.max_tokens=12")
     )  # fmt: skip
     assert scores["split"] == "val"
-    assert not (run / "eval/val/index.html").exists()
+    assert not (run / "eval/val/report.html").exists()
 
 
 def test_validation_and_evaluation_agree(trained: tuple[Path, Path]) -> None:

@@ -197,7 +197,7 @@ def test_an_ensemble_captions_as_its_models_averaged_on_one_picture(
     cfg = compose("eval", f"run=[{runs[0]},{runs[1]}]", "ensemble=true", f"ensemble_dir={out}", *settings)
     (scores,) = evaluate_runs(cfg)
     assert scores["ensemble"] == f"{runs[0]}, {runs[1]}"
-    assert (out / "test/index.html").is_file()
+    assert (out / "test/report.html").is_file()
     written = {
         row["image_id"]: row["caption"] for row in json.loads((out / "test/captions.json").read_text())
     }

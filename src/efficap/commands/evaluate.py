@@ -21,8 +21,9 @@ from efficap.evaluation.bootstrap import score_intervals
 from efficap.evaluation.grounding import checks_line, verdict_line
 from efficap.evaluation.groups import check_groups, groups_table, score_groups
 from efficap.evaluation.objects import read_instances
+from efficap.evaluation.page.page import PAGE, write_page
 from efficap.evaluation.pictures import LINES_FILE, PICTURES_FILE, PictureRecord, write_pictures
-from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table, write_gallery
+from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table
 from efficap.evaluation.results import write_coco_results, write_predictions, write_scores
 from efficap.evaluation.scores import (
     PictureScores,
@@ -43,7 +44,7 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     """Evaluate as the plain values of conf/eval.yaml say; returns what scores.json holds.
 
     Writes RUN/eval/SPLIT/captions.json and results.json (COCO's results format, with COCO's numbers where the table has
-    them), scores.json, pictures.parquet (what `python -m efficap.evaluation.compare` reads), index.html and sheet.png;
+    them), scores.json, pictures.parquet (what `python -m efficap.evaluation.compare` reads), report.html and sheet.png;
     of an ensemble the same below its own folder.
 
     Raises:
@@ -86,8 +87,7 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     records = _records(picture_scores(list(predictions), parts), predictions, references, pictures)
     write_pictures(out / PICTURES_FILE, records)
     (out / LINES_FILE).unlink(missing_ok=True)  # of an earlier version
-    if cfg["gallery"]:
-        _write_pages(out, f"{subject.name}: {split}", scores, records, pictures, cfg["gallery"])
+    _write_pages(subject, split, result, records, pictures, cfg["gallery"])
     console = Console()
     console.print(scores_table(scores, intervals))
     if group_of:
@@ -189,26 +189,33 @@ def _records(
 
 
 def _write_pages(
-    out: Path,
-    title: str,
-    scores: Scores,
+    subject: Subject,
+    split: str,
+    scores: dict[str, Any],
     records: list[PictureRecord],
     pictures: Callable[[str], Path | Image.Image],
-    count: int,
+    limit: int,
 ) -> None:
-    items = [
-        GalleryItem(
-            pictures(record.image_id),
-            record.caption,
-            record.references,
-            note=f"CIDEr {record.scores.cider:.2f}" if record.scores and "CIDEr" in scores else "",
-        )
-        for record in records[:count]
-    ]
-    corpus = scores.get("CIDEr")
-    subtitle = f"CIDEr {corpus:.3f} on {len(records):,} pictures" if isinstance(corpus, float) else ""
-    write_gallery(out / "index.html", items, title=title, subtitle=subtitle)
-    contact_sheet(out / "sheet.png", items[:SHEET])
+    """report.html and sheet.png; where they are not asked for, those of an earlier evaluation go."""
+    page, sheet = subject.out / split / PAGE, subject.out / split / "sheet.png"
+    if not limit:
+        page.unlink(missing_ok=True)
+        sheet.unlink(missing_ok=True)
+        return
+    write_page(
+        page,
+        title=f"{subject.name}: {split}",
+        scores=scores,
+        records=records,
+        pictures=pictures,
+        limit=limit,
+        metrics_csv=subject.out.parent / "metrics.csv",
+    )
+    few = records[: min(SHEET, limit)]
+    contact_sheet(
+        sheet,
+        [GalleryItem(pictures(record.image_id), record.caption, record.references) for record in few],
+    )
 
 
 def _described(decoding: Decoding) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
@@ -11,8 +12,10 @@ from efficap.evaluation.results import replacing
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 TRAIN, VAL, CIDER, BLEU = "#4878a8", "#d9742b", "#3a8f5c", "#8a5aa8"
+NEUTRAL = "#80878e"
 TRAIN_LOSSES = ("train/loss", "train/loss_step", "train/loss_epoch")  # Lightning adds the ending by `on_step`
 SMOOTHED_SHARE = 0.05  # of the run's points, that the moving average of the training loss spans
 
@@ -31,6 +34,29 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
     Raises:
         InputError: the table cannot be read, or holds none of these columns.
     """
+    figure = _figure(metrics_csv)
+    with replacing(png) as file:
+        figure.savefig(file, format="png")
+
+
+def curves_png(metrics_csv: Path) -> bytes:
+    """The same as a PNG without background, in an ink that is read on a light and on a dark page.
+
+    Raises:
+        InputError: as `plot_curves`.
+    """
+    from matplotlib import rc_context
+
+    ink: dict[Any, str] = {
+        f"{part}color": NEUTRAL for part in ("text.", "axes.label", "axes.edge", "xtick.", "ytick.", "grid.")
+    }
+    with rc_context(ink):
+        png = io.BytesIO()
+        _figure(metrics_csv).savefig(png, format="png", transparent=True)
+    return png.getvalue()
+
+
+def _figure(metrics_csv: Path) -> Figure:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
 
     table = read_metrics(metrics_csv)
@@ -51,8 +77,7 @@ def plot_curves(metrics_csv: Path, png: Path) -> None:
         _scores(axes[-1], series["val/CIDEr"], series["val/BLEU-4"])
     for panel in axes:
         panel.set_xlabel("optimiser step")
-    with replacing(png) as file:
-        figure.savefig(file, format="png")
+    return figure
 
 
 def read_metrics(metrics_csv: Path) -> pd.DataFrame:
