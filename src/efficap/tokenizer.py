@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,7 @@ from efficap.tokenizer_files import (
 )
 
 MOST_SPELLINGS = 20_000  # divisions of a word into tokens
+_WORD = re.compile(r"\s*(\w+(?:[-'’]\w+)*|[^\w\s]+)")  # noqa: RUF001
 
 
 class CaptionTokenizer:
@@ -232,6 +234,36 @@ class CaptionTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, white space collapsed."""
         return " ".join(self._tokenizer.decode(list(ids), skip_special_tokens=True).split())
+
+    def words(self, ids: Sequence[int]) -> list[tuple[str, list[int]]]:
+        """The words of a caption and which of its ids write each: places in `ids`, several for a word in pieces.
+
+        Marks such as commas are words of their own. A word begins with the space before it: all of them, joined, are
+        the text that `decode` gives.
+        """
+        text = self.decode(ids)
+        beginnings = [self.decode(ids[:count]) for count in range(len(ids) + 1)]
+        agreed = [_agreement(beginning, text) for beginning in beginnings]
+        # What does not agree is a character of which some bytes are still to come.
+        ends = [place + (place < len(beginning)) for place, beginning in zip(agreed, beginnings, strict=True)]
+        spans = list(zip(agreed[:-1], ends[1:], strict=True))
+        return [
+            (
+                match[0],
+                [
+                    place
+                    for place, (start, end) in enumerate(spans)
+                    if start < match.end() and end > match.start(1)
+                ],
+            )
+            for match in _WORD.finditer(text)
+        ]
+
+
+def _agreement(one: str, other: str) -> int:
+    """How many letters two texts begin with alike."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def _byte_names() -> dict[int, str]:

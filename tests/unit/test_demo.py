@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterable
 from dataclasses import replace
 from itertools import combinations
@@ -20,7 +21,7 @@ from PIL import Image
 from efficap.data.demo import write_demo, writing
 from efficap.data.demo.__main__ import main
 from efficap.data.demo.captions import Wording, write_caption, write_references
-from efficap.data.demo.drawing import draw_scene
+from efficap.data.demo.drawing import bounding_box, draw_scene
 from efficap.data.demo.layout import Spot
 from efficap.data.demo.scenes import (
     BACKGROUNDS,
@@ -216,6 +217,41 @@ def test_objects_stand_out_from_their_background(background: str) -> None:
         inside = picture[y - reach : y + reach, x - reach : x + reach].reshape(-1, 3)
         border = np.concatenate([picture[:4].reshape(-1, 3), picture[-4:].reshape(-1, 3)])
         assert np.abs(np.median(inside, 0) - np.median(border, 0)).max() > 60, (seed, scene)
+
+
+@given(scenes)
+@settings(deadline=None, max_examples=30)
+def test_boxes_enclose_what_is_drawn_and_no_more(scene: Scene) -> None:
+    plain = draw_scene(replace(scene, parts=()), 128)
+    (look, spots), *_ = scene.parts
+    alone = draw_scene(replace(scene, parts=(Part(look, spots[:1]),)), 128)
+    # Where the picture without the object differs by more than by a shadow, which takes 2/5 of each channel.
+    before, after = np.asarray(plain, np.float32), np.asarray(alone, np.float32)
+    changed = ((after < 0.55 * before - 6) | (after > before + 12)).any(axis=2)
+    rows, columns = np.flatnonzero(changed.any(axis=1)), np.flatnonzero(changed.any(axis=0))
+    drawn = (columns[0], rows[0], columns[-1] + 1, rows[-1] + 1)
+    box = [128 * edge for edge in bounding_box(look, spots[0])]
+    assert np.abs(np.subtract(box, drawn)).max() < 3.5
+
+
+def test_every_object_has_its_row_of_boxes(demo: Path) -> None:
+    boxes = pd.read_csv(demo / "boxes.csv")
+    objects = [
+        (f"{name}.jpg", part.look.colour, part.look.shape)
+        for _, name, scene in sample_splits(0, SIZES)
+        for part in scene.parts
+        for _ in part.spots
+    ]
+    assert list(boxes[["file_name", "colour", "shape"]].itertuples(index=False, name=None)) == objects
+    assert boxes[["left", "top", "right", "bottom"]].stack().between(0, 1).all()
+
+
+def test_a_demo_drawn_before_there_were_boxes_is_given_them(demo: Path, tmp_path: Path) -> None:
+    whole = contents(demo)
+    shutil.copytree(demo, tmp_path / "old")
+    (tmp_path / "old" / "boxes.csv").unlink()
+    write_demo(tmp_path / "old", sizes=SIZES)
+    assert contents(tmp_path / "old") == whole
 
 
 def test_a_second_call_leaves_the_files_alone(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:

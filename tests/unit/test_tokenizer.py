@@ -267,3 +267,25 @@ def test_a_prefix_is_encoded_as_a_captions_beginning() -> None:
     [ids], _ = LEARNED.encode(["a red picture"], max_tokens=20)
     prefix = LEARNED.encode_prefix(" a red ")
     assert ids[1 : 1 + len(prefix)] == prefix
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_categories=["Z", "C"]) | st.just(" "), max_size=40))
+def test_words_joined_are_the_text_and_every_id_that_is_seen_is_in_one(text: str) -> None:
+    ids = [LEARNED.bos_id, *LEARNED.encode_prefix(text), LEARNED.eos_id]
+    words = LEARNED.words(ids)
+    assert "".join(word for word, _ in words) == LEARNED.decode(ids)
+    places = [place for _, places in words for place in places]
+    blank = [place for place, id_ in enumerate(ids) if not LEARNED.decode([id_])]
+    assert set(places) | set(blank) == set(range(len(ids)))
+    assert all(found for _, found in words)
+
+
+def test_a_word_in_pieces_is_one_word_and_marks_are_their_own() -> None:
+    tokenizer = CaptionTokenizer.learn(["a red zebra, a red dog's zebra"] * 9, vocab_size=280)
+    ids = [tokenizer.bos_id, *tokenizer.encode_prefix("a red zebras, naïve dog's 🐶 a.")]
+    words = dict(tokenizer.words(ids))
+    assert list(words) == ["a", " red", " zebras", ",", " naïve", " dog's", " 🐶", " a", "."]
+    assert [ids[place] for place in words[" zebras"]] == tokenizer.encode_prefix("zebras")
+    assert len(words[" zebras"]) > 1
+    assert len(words[" 🐶"]) >= 4, "each of its bytes"

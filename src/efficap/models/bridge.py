@@ -5,6 +5,10 @@ B images, C channels, h x w positions of the feature map, N = h * w, D the decod
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -51,13 +55,41 @@ class Bridge(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map a (B, C, h, w) feature map to the (B, N, D) memory."""
-        height, width = features.shape[-2:]
-        x = features.flatten(2).transpose(1, 2)  # (B, N, C)
-        x = self.project(self.norm_in(x))  # (B, N, D)
-        x = self.dropout(x + interpolated(self.positions.weight, self.grid, (height, width)))
+        x = self._embed(features)
         for block in self.blocks:
             x = block(x)
         return self.norm_out(x)
+
+    def rollout(self, features: Tensor) -> Tensor:
+        """How much of each position of the feature map is in each of the memory: (B, N, N), rows of sum 1."""
+        return rolled_out(self.blocks, self._embed(features))
+
+    def _embed(self, features: Tensor) -> Tensor:
+        height, width = features.shape[-2:]
+        x = features.flatten(2).transpose(1, 2)  # (B, N, C)
+        x = self.project(self.norm_in(x))  # (B, N, D)
+        return self.dropout(x + interpolated(self.positions.weight, self.grid, (height, width)))
+
+
+def rolled_out(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:
+    """Attention followed through blocks back to their input (Abnar and Zuidema, 2020, https://arxiv.org/abs/2005.00928).
+
+    A block passes on half of what a position was, by its residual, and half by its attention, the mean over heads.
+
+    Args:
+        blocks: `BridgeBlock`s.
+        x: (B, N, D), the input of the first.
+
+    Returns:
+        (B, N, N): in each row, of a position after the last block, the shares of the positions of `x`.
+    """
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    shares = identity.expand(len(x), -1, -1)  # (B, N, N)
+    for block in blocks:
+        assert isinstance(block, BridgeBlock)
+        shares = (block.weights(x).mean(dim=1) + identity) / 2 @ shares
+        x = block(x)
+    return shares
 
 
 def interpolated(positions: Tensor, grid: tuple[int, int], size: tuple[int, int]) -> Tensor:
@@ -90,8 +122,16 @@ class BridgeBlock(nn.Module):
         x = x + self.dropout(self._attend(self.norm_1(x)))
         return x + self.dropout(self.mlp(self.norm_2(x)))
 
+    def weights(self, x: Tensor) -> Tensor:
+        """How much each position looks at each as the block reads `x`: (B, H, N, N), rows of sum 1."""
+        q, k, _ = self._project(self.norm_1(x))
+        return (q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(dim=-1)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, N, d)
+
     def _attend(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)  # (B, H, N, d) each
+        q, k, v = self._project(x)
         x = F.scaled_dot_product_attention(q, k, v)
         return self.attention_out(x.transpose(1, 2).flatten(2))
 

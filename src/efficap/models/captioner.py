@@ -83,9 +83,11 @@ class CaptionModel(nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) uint8 pictures, or the (B, C, h, w) feature maps of such, to their (B, N, D) memory."""
+        return self.bridge(self._features(images))
+
+    def _features(self, images: Tensor) -> Tensor:
         is_feature_map = images.dtype == torch.bfloat16
-        features = images.to(self.bridge.norm_in.weight.dtype) if is_feature_map else self.encoder(images)
-        return self.bridge(features)
+        return images.to(self.bridge.norm_in.weight.dtype) if is_feature_map else self.encoder(images)
 
     def hidden_states(self, memory: Tensor, tokens: Tensor, places: Tensor) -> Tensor:
         """The decoder's last hidden states, (n, D), at some places of K captions of each picture.
@@ -106,15 +108,20 @@ class CaptionModel(nn.Module):
         hidden: Tensor = self.decoder(tokens.flatten(0, 1), memory)  # (B*K, T, D)
         return self.decoder.logits(hidden).unflatten(0, tokens.shape[:2])
 
-    def cross_attention(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def cross_attention(self, images: Tensor, tokens: Tensor, *, rollout: bool = False) -> Tensor:
         """Where the decoder looks as it reads captions (B, K, T) of (B, 3, H, W) pictures.
+
+        Args:
+            rollout: whether to follow it through the bridge's blocks, which mix positions, back to the feature map.
 
         Returns:
             (B, K, L, H, T, N) weights of each layer and head; ``[…, t, :]`` are those of the step that writes token
             t + 1.
         """
-        memory = self.decoder.project_memory(self.encode(images))
-        return self.decoder.cross_attention(tokens.flatten(0, 1), memory).unflatten(0, tokens.shape[:2])
+        features = self._features(images)
+        memory = self.decoder.project_memory(self.bridge(features))
+        weights = self.decoder.cross_attention(tokens.flatten(0, 1), memory).unflatten(0, tokens.shape[:2])
+        return weights @ self.bridge.rollout(features)[:, None, None, None] if rollout else weights
 
     def start(self, images: Tensor, max_tokens: int) -> DecodingState | FixedDecodingState:
         """Encode (B, 3, H, W) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficap.errors import InputError
-from efficap.models.bridge import BridgeBlock, interpolated
+from efficap.models.bridge import BridgeBlock, interpolated, rolled_out
 
 _LAYER_NORM_EPSILON = 1e-10
 _GROUPS = 32
@@ -63,13 +63,24 @@ class OriginalBridge(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """Map a (B, C, h, w) feature map to the (B, N, D) memory."""
-        channels, height, width = features.shape[1:]
-        x = F.pad(features.flatten(2), (1, 1), value=1 / channels)  # (B, C, N + 2)
-        x = self.project(self.norm_in(x).transpose(1, 2))  # (B, N + 2, D)
-        x = self.dropout(x + self._positions_for((height, width)))
+        x = self._embed(features)
         for block in self.blocks:
             x = block(x)
         return x[:, 1:-1]  # (B, N, D)
+
+    def rollout(self, features: Tensor) -> Tensor:
+        """How much of each position of the feature map is in each of the memory: (B, N, N), rows of sum 1.
+
+        The shares of the two constant rows are left out.
+        """
+        shares = rolled_out(self.blocks, self._embed(features))[:, 1:-1, 1:-1]
+        return shares / shares.sum(dim=-1, keepdim=True)
+
+    def _embed(self, features: Tensor) -> Tensor:
+        channels, height, width = features.shape[1:]
+        x = F.pad(features.flatten(2), (1, 1), value=1 / channels)  # (B, C, N + 2)
+        x = self.project(self.norm_in(x).transpose(1, 2))  # (B, N + 2, D)
+        return self.dropout(x + self._positions_for((height, width)))
 
     def _positions_for(self, size: tuple[int, int]) -> Tensor:
         first, inner, last = self.positions.weight.split([1, self.grid[0] * self.grid[1], 1])

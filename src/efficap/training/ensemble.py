@@ -66,7 +66,7 @@ class Ensemble:
             for part, side in zip(parts, self.sides, strict=True)
         ]
 
-    def cross_attention(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def cross_attention(self, images: Tensor, tokens: Tensor, *, rollout: bool = False) -> Tensor:
         """Raises InputError: each model looks at other places."""
         raise InputError(
             "an ensemble does not tell where it looks, as each model looks elsewhere; use one run"

@@ -1,10 +1,11 @@
 """Captions of pictures: model, decoding and tokenizer joined, in as large a batch as memory allows.
 
-B images, n captions of each, T tokens, N latent positions.
+B images, n captions of each, T tokens, N = h * w latent positions, L layers, H heads.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from efficap.decoding import Decoding, Step
+from efficap.evaluation.attention import Word
 from efficap.models.captioner import CaptionModel, DecodingState, FixedDecodingState
 from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
@@ -32,7 +34,7 @@ class WrittenCaption:
         tokens: its ids, BOS and EOS included.
         token_log_probs: of each of them, in nats; 0 for BOS and a prefix.
         attention: (T - 1, N) how much the step that wrote each token after BOS looked at each latent position, the mean
-            over layers and heads; None unless asked for.
+            over layers and heads, or (L, H, T - 1, N); None unless asked for.
     """
 
     text: str
@@ -89,13 +91,21 @@ class CaptionWriter:
 
     @torch.no_grad()
     def write(
-        self, images: Tensor, image_ids: list[str], *, attention: bool = False
+        self,
+        images: Tensor,
+        image_ids: list[str],
+        *,
+        attention: bool = False,
+        by_head: bool = False,
+        rollout: bool = False,
     ) -> list[list[WrittenCaption]]:
         """The n captions of each of the (B, 3, H, W) uint8 pictures, or of packed ones, the best first.
 
         Args:
             image_ids: sampling draws by them.
             attention: also where each token looked; the captions are read once more for it.
+            by_head: of each layer and head; otherwise their mean.
+            rollout: followed through the bridge's blocks; see `CaptionModel.cross_attention`.
 
         Raises:
             torch.OutOfMemoryError, RuntimeError: there is no room for a single picture.
@@ -105,7 +115,7 @@ class CaptionWriter:
             size = min(self.find_batch_size(images[:1]), len(images) - len(written))
             part = slice(len(written), len(written) + size)
             try:
-                written += self._write(images[part], image_ids[part], attention)
+                written += self._write(images[part], image_ids[part], attention, by_head, rollout)
             except RuntimeError as error:
                 if size == 1 or not _is_out_of_memory(error):
                     raise
@@ -121,18 +131,42 @@ class CaptionWriter:
         return written
 
     def write_loaded(
-        self, loaded: list[tuple[str, Tensor | None, str]], device: torch.device
+        self, loaded: list[tuple[str, Tensor | None, str]], device: torch.device, **looking: bool
     ) -> Iterator[tuple[str, list[WrittenCaption], str]]:
-        """Name, captions and error of each picture that a loader gave as name, (3, H, W) pixels or None, and error."""
+        """Name, captions and error of each picture that a loader gave as name, (3, H, W) pixels or None, and error.
+
+        Args:
+            looking: what `write` is to tell of where the model looked.
+        """
         read = [(name, pixels) for name, pixels, _ in loaded if pixels is not None]
         written: Iterator[list[WrittenCaption]] = iter(())
         if read:
             images = torch.stack([pixels for _, pixels in read]).to(device)  # (B, 3, H, W)
-            written = iter(self.write(images, [name for name, _ in read]))
+            written = iter(self.write(images, [name for name, _ in read], **looking))
         for name, pixels, error in loaded:
             yield name, [] if pixels is None else next(written), error
 
-    def _write(self, images: Tensor, image_ids: list[str], attention: bool) -> list[list[WrittenCaption]]:
+    def words(self, written: WrittenCaption) -> list[Word]:
+        """The words of a caption that was written with its attention.
+
+        A word in several tokens is as probable as all of them together, and looked where they did in the mean.
+        """
+        assert written.attention is not None
+        attention = written.attention.unflatten(
+            -1, (math.isqrt(written.attention.shape[-1]), -1)
+        )  # (…, T - 1, h, w)
+        return [
+            Word(
+                text,
+                math.exp(sum(written.token_log_probs[place + 1] for place in places)),
+                attention[..., places, :, :].mean(dim=-3).numpy(),
+            )
+            for text, places in self.tokenizer.words(written.tokens[1:])
+        ]
+
+    def _write(
+        self, images: Tensor, image_ids: list[str], attention: bool, by_head: bool, rollout: bool
+    ) -> list[list[WrittenCaption]]:
         decoded = self.decoding.decode(
             self._start(images, image_ids),
             image_ids,
@@ -143,10 +177,12 @@ class CaptionWriter:
         )
         looks: list[list[Tensor | None]] = [[None] * decoded.tokens.shape[1]] * len(images)
         if attention:
+            read = decoded.tokens[..., :-1]
             weights = self.captioner.cross_attention(
-                images, decoded.tokens[..., :-1]
-            )  # (B, n, L, H, T - 1, N)
-            looks = [list(of_image) for of_image in weights.float().mean(dim=(2, 3)).cpu()]
+                images, read, rollout=rollout
+            ).float()  # (B, n, L, H, T - 1, N)
+            weights = weights if by_head else weights.mean(dim=(2, 3))
+            looks = [list(of_image) for of_image in weights.cpu()]
         rows = zip(
             decoded.tokens.tolist(),
             decoded.token_log_probs.tolist(),
@@ -164,7 +200,7 @@ class CaptionWriter:
                     end,
                     ids[:length],
                     gains[:length],
-                    look[: length - 1] if look is not None else None,
+                    look[..., : length - 1, :] if look is not None else None,
                 )
                 for ids, gains, length, score, end, look in zip(*of_image, strict=True)
             ]

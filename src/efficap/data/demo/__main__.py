@@ -16,7 +16,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m efficap.data.demo",
         description="Draw the built-in captioning data set: simple scenes with five captions each.",
-        epilog=f"Writes OUT_DIR/images/*.jpg and OUT_DIR/captions.csv (columns file_name, caption, split). "
+        epilog=f"Writes OUT_DIR/images/*.jpg and OUT_DIR/captions.csv (columns file_name, caption, split), and in "
+        f"OUT_DIR/boxes.csv where each object lies, as fractions of the side. "
         f"Pictures: {splits}; those of 'irregular' combine colours, shapes and textures as no other split does. "
         "A data set that is already there, drawn with the same options, is left as it is.",
     )

@@ -38,6 +38,14 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     return picture
 
 
+def bounding_box(look: Look, spot: Spot) -> tuple[float, float, float, float]:
+    """Left, top, right and bottom of what is seen of an object, as fractions of the picture's side, without its shadow."""
+    corners = _tilted(_outline(look.shape), spot.tilt)
+    across = [min(1.0, max(0.0, spot.x + x * spot.diameter / 2)) for x, _ in corners]
+    down = [min(1.0, max(0.0, spot.y + y * spot.diameter / 2)) for _, y in corners]
+    return min(across), min(down), max(across), max(down)
+
+
 def _draw_object(picture: Image.Image, look: Look, spot: Spot, rng: Random) -> None:
     diameter = spot.diameter * picture.width
     side = ceil(diameter * 1.5)  # room for corners, edge and shadow

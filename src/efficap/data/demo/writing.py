@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
@@ -14,7 +15,7 @@ from rich.console import Console
 from rich.progress import track
 
 from efficap.data.demo.captions import write_references
-from efficap.data.demo.drawing import draw_scene
+from efficap.data.demo.drawing import bounding_box, draw_scene
 from efficap.data.demo.splits import SPLIT_SIZES, sample_splits
 from efficap.errors import InputError
 
@@ -22,6 +23,7 @@ MIN_IMAGE_SIZE = 64  # pixels; below it stripes and spots blur
 
 _VERSION = 1  # raise it when the same seed gives other pictures or captions
 _RECORD = "demo.json"
+BOXES_FILE = "boxes.csv"
 
 
 def write_demo(
@@ -30,9 +32,10 @@ def write_demo(
     """Draw the demo data set into a folder, unless it is already there.
 
     The folder gets ``images/*.jpg``, ``captions.csv`` with the columns ``file_name`` (in ``images``),
-    ``caption`` and ``split``, one row a caption and five captions a picture, and ``demo.json``, which records
-    what was asked for. It appears by a rename, when it is complete. The same arguments give the same CSV,
-    byte for byte, and with the same Pillow the same JPEGs.
+    ``caption`` and ``split``, one row a caption and five captions a picture, ``boxes.csv``, one row an object: where it
+    lies, as fractions of the picture's side; and ``demo.json``, which records what was asked for. It appears by a
+    rename, when it is complete. The same arguments give the same CSVs, byte for byte, and with the same Pillow the
+    same JPEGs.
 
     Args:
         out_dir: the folder to write; it must be new, empty, or hold this very data set.
@@ -57,6 +60,7 @@ def write_demo(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             _write(partial, seed, sizes, image_size)
+            _write_boxes(partial, seed, sizes)
             (partial / _RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
             partial.rename(folder)
         except OSError:
@@ -65,6 +69,9 @@ def write_demo(
                 raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    if not (folder / BOXES_FILE).is_file():  # drawn before there were any
+        with contextlib.suppress(OSError):  # training needs none
+            _write_boxes(folder, seed, sizes)
     return Path(out_dir) / "captions.csv"
 
 
@@ -130,3 +137,16 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], image_size: int) -
             draw_scene(scene, image_size).save(images / file_name, quality=90)
             references = write_references(scene, Random(f"{seed} {name} captions"))
             table.writerows((file_name, caption, split) for caption in references)
+
+
+def _write_boxes(folder: Path, seed: int, sizes: Mapping[str, int]) -> None:
+    temporary = folder / f".{BOXES_FILE}.{os.getpid()}"
+    with temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("file_name", "colour", "shape", "left", "top", "right", "bottom"))
+        for _, name, scene in sample_splits(seed, sizes):
+            for part in scene.parts:
+                for spot in part.spots:
+                    edges = (f"{edge:.4f}" for edge in bounding_box(part.look, spot))
+                    table.writerow((f"{name}.jpg", part.look.colour, part.look.shape, *edges))
+    os.replace(temporary, folder / BOXES_FILE)

@@ -66,7 +66,7 @@ class OnnxCaptioner:
         memory = _run(self.encoder, MEMORY, {"images": images.numpy(force=True)})
         return OnnxDecodingState(self.decoder, memory)
 
-    def cross_attention(self, images: Tensor, tokens: Tensor) -> Tensor:
+    def cross_attention(self, images: Tensor, tokens: Tensor, *, rollout: bool = False) -> Tensor:
         """Raises InputError: the graphs keep to themselves where the decoder looks."""
         raise InputError("an ONNX export does not tell where it looks; use the run that it was made from")
 
