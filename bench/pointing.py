@@ -3,13 +3,15 @@
     python bench/pointing.py RUN [--split test] [--rollout]
 
 The run writes the captions of a split as it validated. Each word that names the colour or the shape of something in
-the picture points at the place where its attention, drawn over the picture, is largest: a hit where that lies in a box
-of what it names ("the pointing game", Zhang et al. 2016, https://arxiv.org/abs/1608.00507).
+the picture points at the middle of the latent position that it looked at most: a hit where that lies in a box of what
+it names ("the pointing game", Zhang et al. 2016, https://arxiv.org/abs/1608.00507). Where a group of equal things is
+named, any of their boxes counts, and chance is high; "one thing" are the words that name a single one.
 
-hits     share of the words that point into a box of what they name
 chance   the share of the picture that these boxes take
-middle   how often the words of other pictures point into them, as a model would that always looks at the middle
-inside   share of the attention, not just of its largest place, that lies in the boxes; chance is the same
+hits     share of the words that point into a box of what they name, and how many times chance that is
+middle   hits of the words of other pictures, as of a model that always looks where things mostly are
+finer    hits, pointing at the attention's centre of mass over that position and those around it; its middle
+inside   share of the attention that lies in the boxes; chance is the same
 own      hits in pictures of two kinds of things, and
 other    how often the word points at the other kind there
 
@@ -29,13 +31,11 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from efficap.commands.entry import CONF, plain, tune_process
 from efficap.commands.subject import Subject, open_run
 from efficap.data.demo.scenes import COLOURS, SHAPES
-from efficap.evaluation.attention import enlarged
 
 SIDE = 128  # places a side that a word can point at
 NAMES = {name: ("colour", name) for name in COLOURS} | {
@@ -50,12 +50,14 @@ class Naming:
     Attributes:
         picture: the picture's id.
         kind: ``colour`` or ``shape``.
+        things: how many it names.
         named, other: (SIDE, SIDE), whether a place lies in a box of what it names, and of another thing.
         maps: (L, H, h, w), its attention.
     """
 
     picture: str
     kind: str
+    things: int
     named: NDArray[np.bool_]
     other: NDArray[np.bool_]
     maps: NDArray[np.float32]
@@ -77,17 +79,24 @@ def main() -> None:
     for naming in namings(subject, options.split, boxes, rollout=options.rollout):
         wrong += naming is None
         found += [naming] if naming else []
-    everything = {"mean": [word.maps.mean(axis=(0, 1)) for word in found]}
+    mean = [word.maps.mean(axis=(0, 1)) for word in found]
+    chosen = {
+        "all words": [True] * len(found),
+        "one thing": [word.things == 1 for word in found],
+        "several": [word.things > 1 for word in found],
+        "colours": [word.kind == "colour" for word in found],
+        "shapes": [word.kind == "shape" for word in found],
+    }
+    rows = {name: measured(found, mean, np.array(which)) for name, which in chosen.items()}
     layers, heads = found[0].maps.shape[:2]
-    for layer in range(layers):
-        for head in range(heads):
-            everything[f"layer {layer + 1}, head {head + 1}"] = [word.maps[layer, head] for word in found]
-    rows = {name: measured(found, maps) for name, maps in everything.items()}
-    for kind in ("colour", "shape"):
-        chosen = [word for word in found if word.kind == kind]
-        rows[f"mean, {kind} words"] = measured(chosen, [word.maps.mean(axis=(0, 1)) for word in chosen])
-    show(rows, f"{len(found):,} words; {wrong:,} name what is not there")
-    print(json.dumps({name: round(value, 4) for name, value in rows["mean"].items()}))
+    for layer, head in np.ndindex(layers, heads):
+        maps = [word.maps[layer, head] for word in found]
+        rows[f"layer {layer + 1}, head {head + 1}"] = measured(found, maps, np.array(chosen["one thing"]))
+    show(
+        rows,
+        f"{len(found):,} words, and {wrong:,} that name what is not there; heads: of words for one thing",
+    )
+    print(json.dumps({name: rows[name] for name in ("all words", "one thing")}))
 
 
 def namings(subject: Subject, split: str, boxes: pd.DataFrame, *, rollout: bool) -> Iterator[Naming | None]:
@@ -99,19 +108,12 @@ def namings(subject: Subject, split: str, boxes: pd.DataFrame, *, rollout: bool)
             things = of_picture[image_id]
             for word in subject.writer.words(caption):
                 kind, name = NAMES.get(word.text.strip().lower(), ("", ""))
-                if kind:
-                    is_named = things[kind] == name
-                    yield (
-                        Naming(
-                            image_id,
-                            kind,
-                            places(things[is_named]),
-                            places(things[~is_named]),
-                            word.attention,
-                        )
-                        if is_named.any()
-                        else None
-                    )
+                if not kind:
+                    continue
+                is_named = things[kind] == name
+                named, other = places(things[is_named]), places(things[~is_named])
+                there = int(is_named.sum())
+                yield Naming(image_id, kind, there, named, other, word.attention) if there else None
 
 
 def places(boxes: pd.DataFrame) -> NDArray[np.bool_]:
@@ -124,37 +126,69 @@ def places(boxes: pd.DataFrame) -> NDArray[np.bool_]:
     return inside
 
 
-def measured(words: list[Naming], maps: list[NDArray[np.float32]]) -> dict[str, float]:
-    """The figures of words with a map each, (h, w)."""
-    drawn = [enlarged(map_, SIDE, SIDE) for map_ in maps]
-    peaks = np.array([map_.argmax() for map_ in drawn])
+def pointed_at(map_: NDArray[np.float32], *, finer: bool = False) -> int:
+    """The place, of SIDE x SIDE, that an (h, w) map points at."""
+    height, width = map_.shape
+    row, column = np.unravel_index(map_.argmax(), map_.shape)
+    y, x = row + 0.5, column + 0.5
+    if finer:
+        around = np.zeros_like(map_)
+        near = slice(max(0, row - 1), row + 2), slice(max(0, column - 1), column + 2)
+        around[near] = map_[near]
+        y = (around.sum(axis=1) * (np.arange(height) + 0.5)).sum() / around.sum()
+        x = (around.sum(axis=0) * (np.arange(width) + 0.5)).sum() / around.sum()
+    return int(y / height * SIDE) * SIDE + int(x / width * SIDE)
+
+
+def measured(
+    words: list[Naming], maps: list[NDArray[np.float32]], which: NDArray[np.bool_]
+) -> dict[str, float]:
+    """The figures of those of the words, with a map each, that are chosen."""
     named = np.stack([word.named.ravel() for word in words])  # (words, places)
     other = np.stack([word.other.ravel() for word in words])
-    hits = named[np.arange(len(words)), peaks]
-    two = other.any(axis=1)
     pictures = np.array([word.picture for word in words])
-    elsewhere = [named[i, peaks[pictures != pictures[i]]].mean() for i in range(len(words))]
-    inside = [map_[word.named].sum() / map_.sum() for word, map_ in zip(words, drawn, strict=True)]
-    chance = float(named.mean())
-    return {
-        "hits": float(hits.mean()),
+    peaks, finer = np.array([[pointed_at(map_, finer=fine) for map_ in maps] for fine in (False, True)])
+    each = np.arange(len(words))
+    chosen = each[which]
+    two = which & other.any(axis=1)
+    shares = [blocks(map_) / map_.sum() for map_ in maps]
+    chance = named[which].mean()
+
+    def middle(pointed: NDArray[np.int64]) -> float:
+        return float(np.mean([named[i, pointed[pictures != pictures[i]]].mean() for i in chosen]))
+
+    figures = {
+        "words": len(chosen),
         "chance": chance,
-        "times": float(hits.mean()) / chance,
-        "middle": float(np.mean(elsewhere)),
-        "inside": float(np.mean(inside)),
-        "own": float(hits[two].mean()),
-        "other": float(other[np.arange(len(words)), peaks][two].mean()),
+        "hits": named[each, peaks][which].mean(),
+        "times": named[each, peaks][which].mean() / chance,
+        "middle": middle(peaks),
+        "finer": named[each, finer][which].mean(),
+        "finer times": named[each, finer][which].mean() / chance,
+        "finer middle": middle(finer),
+        "inside": np.mean([shares[i][words[i].named].sum() for i in chosen]),
+        "own": named[each, peaks][two].mean(),
+        "other": other[each, peaks][two].mean(),
     }
+    return {name: round(float(value), 3) for name, value in figures.items()}
+
+
+def blocks(map_: NDArray[np.float32]) -> NDArray[np.float32]:
+    """An (h, w) map as (SIDE, SIDE), each position's share spread over its square."""
+    height, width = map_.shape
+    rows, columns = np.arange(SIDE) * height // SIDE, np.arange(SIDE) * width // SIDE
+    spread = map_[rows[:, None], columns]
+    return spread * (map_.sum() / spread.sum())
 
 
 def show(rows: dict[str, dict[str, float]], title: str) -> None:
     table = Table(title=title, title_justify="left")
     table.add_column("attention")
-    for name in rows["mean"]:
-        table.add_column(name, justify="right")
+    for name in rows["all words"]:
+        table.add_column(name.removeprefix("finer "), justify="right")
     for name, figures in rows.items():
-        table.add_row(name, *(f"{value:.3f}" for value in figures.values()))
-    Console(width=100).print(table)
+        table.add_row(name, *(f"{value:g}" for value in figures.values()))
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":

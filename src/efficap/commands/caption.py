@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,15 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     settings = run.decoding(cfg["decoding"])
     decoding = build_decoding(settings)
     load = functools.partial(_load_writer, run, decoding, device, precision, compile=cfg["compile"])
-    record = done_with(run.path, settings, precision)
+    looking = _looking(cfg)
+    record = done_with(run.path, settings, precision, looking)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
     if names_shards(cfg["images"]):
+        if looking:
+            raise InputError(
+                f"attention={cfg['attention']} is for pictures; shards get no page to show it on"
+            )
         writer, batch_size = load()
         caption_shards(
             writer,
@@ -66,9 +72,9 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     remaining = folder.remaining(files)
     if remaining:
         _announce(out, named=bool(cfg["out"]), done=len(files) - len(remaining), files=len(files))
-        _caption_files(remaining, folder, load, transform, workers, device)
+        _caption_files(remaining, folder, load, transform, workers, device, looking)
     if remaining or not folder.is_finished:
-        folder.finish(run.config["name"])
+        folder.finish(run.config["name"], crop=transform.image_size / transform.short_side)
     ordered = [folder.results[str(file)] for file in files]
     print_outcome(out, ordered, before=len(files) - len(remaining))
     if not any(result.captions for result in ordered):
@@ -76,6 +82,16 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
             f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
         )
     return ordered
+
+
+def _looking(cfg: dict[str, Any]) -> dict[str, bool]:
+    """What `CaptionWriter.write` is to tell of where the model looked; empty for nothing."""
+    attention, rollout = cfg["attention"], cfg["rollout"]
+    if attention not in (False, True, "by_head"):
+        raise InputError(f"attention={attention} must be true, false or by_head")
+    if not attention and rollout:
+        raise InputError("rollout=true changes what attention=true shows; add that")
+    return {"attention": True, "by_head": attention == "by_head", "rollout": rollout} if attention else {}
 
 
 def _load_writer(
@@ -104,6 +120,7 @@ def _caption_files(
     transform: EvaluationTransform,
     num_workers: int,
     device: torch.device,
+    looking: dict[str, bool],
 ) -> None:
     """Caption batch after batch; the folder has each before the next begins."""
     writer, batch_size = load()
@@ -114,8 +131,10 @@ def _caption_files(
         with CaptioningBar(f"Captioning {len(files):,} pictures", len(files)) as bar:
             for loaded in loader:
                 batch = []
-                for name, captions, error in writer.write_loaded(loaded, device):
-                    batch.append(CaptionedFile(Path(name), captions, error))
+                for name, captions, error in writer.write_loaded(loaded, device, **looking):
+                    words = writer.words(captions[0]) if captions and looking else []
+                    captions = [replace(written, attention=None) for written in captions]  # the words have it
+                    batch.append(CaptionedFile(Path(name), captions, error, words))
                     bar.count_picture(1)
                 folder.add(batch)
     except KeyboardInterrupt:

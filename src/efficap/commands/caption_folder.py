@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -24,20 +25,30 @@ from efficap.data.pictures import Picture, PictureError
 from efficap.data.shards.tar import IMAGE_SUFFIXES
 from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
+from efficap.evaluation.attention import Word
 from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.evaluation.results import replacing
 from efficap.training.writer import WrittenCaption
 
+POINTING = (
+    "Point at a word: the picture stays bright where the model looked as it wrote it. "
+    "The stronger a word is shaded, the less sure the model was of it."
+)
 _TEXT = ("utf-8", "surrogateescape")  # a file's name need not be UTF-8
 
 
 @dataclass(frozen=True, slots=True)
 class CaptionedFile:
-    """What became of one file: its captions, the best first, or the reason why there is none."""
+    """What became of one file: its captions, the best first, or the reason why there is none.
+
+    Attributes:
+        words: of the best caption, where it was asked where the model looked.
+    """
 
     file: Path
     captions: list[WrittenCaption] = field(default_factory=list)
     error: str = ""
+    words: list[Word] = field(default_factory=list)
 
     @property
     def caption(self) -> str:
@@ -130,8 +141,12 @@ class CaptionFolder:
             file.write(b"".join(map(_line, results)))  # at the end of the block they are the system's to keep
         self.results |= {str(result.file): result for result in results}
 
-    def finish(self, run_name: str) -> None:
-        """Put the lines in the order of the files, and write the table and the page; the page is the last."""
+    def finish(self, run_name: str, *, crop: float) -> None:
+        """Put the lines in the order of the files, and write the table and the page; the page is the last.
+
+        Args:
+            crop: share of a picture's short side that the model sees, in the middle.
+        """
         results = sorted(self.results.values(), key=lambda result: result.file)
         with replacing(self._lines) as file:
             file.writelines(map(_line, results))
@@ -142,17 +157,38 @@ class CaptionFolder:
             writer.writerows([result.file, result.caption, result.error] for result in results)
             text.detach()
         pictures = [result for result in results if not result.error]
+        items = (
+            GalleryItem(result.file, result.caption, words=result.words, crop=crop) for result in pictures
+        )
+        looking = f". {POINTING}" if self._record["attention"] else ""
         write_gallery(
             self._page,
-            (GalleryItem(result.file, result.caption) for result in pictures),
+            items,
             title="Captions",
-            subtitle=f"{len(pictures):,} pictures, by {run_name}",
+            subtitle=f"{len(pictures):,} pictures, by {run_name}{looking}",
         )
 
 
 def _line(result: CaptionedFile) -> bytes:
     row = as_row("file", str(result.file), result.captions, result.error)
+    if result.words:
+        row["words"] = [
+            {
+                "text": word.text,
+                "probability": _rounded(word.probability),
+                "attention": _rounded(word.attention.tolist()),
+            }
+            for word in result.words
+        ]
     return (json.dumps(row, ensure_ascii=False) + "\n").encode(*_TEXT)
+
+
+def _rounded(value: Any) -> Any:
+    return [_rounded(part) for part in value] if isinstance(value, list) else float(f"{value:.4g}")
+
+
+def _word(row: dict[str, Any]) -> Word:
+    return Word(row["text"], row["probability"], np.array(row["attention"], np.float32))
 
 
 def _read(lines: Path) -> Iterator[CaptionedFile]:
@@ -167,7 +203,8 @@ def _read(lines: Path) -> Iterator[CaptionedFile]:
         try:
             row = json.loads(line.decode(*_TEXT))
             captions = [WrittenCaption(**written) for written in row["captions"]]
-            yield CaptionedFile(Path(row["file"]), captions, row["error"])
+            words = [_word(word) for word in row.get("words", [])]
+            yield CaptionedFile(Path(row["file"]), captions, row["error"], words)
         except (ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{lines}: line {number} is no picture's ({error}); remove it, or name another folder with out=DIR"

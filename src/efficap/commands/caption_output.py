@@ -17,31 +17,36 @@ from efficap.training.writer import WrittenCaption
 RECORD = "captioning.json"
 
 
-def done_with(run: Path, settings: dict[str, Any], precision: torch.dtype) -> dict[str, Any]:
-    """What the captions depend on besides the pictures; the batch changes none.
+def done_with(
+    run: Path, settings: dict[str, Any], precision: torch.dtype, looking: dict[str, bool]
+) -> dict[str, Any]:
+    """What the results depend on besides the pictures; the batch changes none.
 
     Args:
         run: the run directory.
         settings: of the decoding.
         precision: of the weights.
+        looking: what is told of where the model looked.
     """
-    decoding = {name: value for name, value in settings.items() if name != "batch_size"}
-    return {"run": str(run), "decoding": decoding, "precision": str(precision).removeprefix("torch.")}
+    return {
+        "run": str(run),
+        "decoding": {name: value for name, value in settings.items() if name != "batch_size"},
+        "precision": str(precision).removeprefix("torch."),
+        "attention": looking,
+    }
 
 
 def check_record(folder: Path, record: dict[str, Any]) -> None:
     """Compare `record` with the one beside the results of a folder, if there is one.
 
     Raises:
-        InputError: the folder holds results of another run, decoding or precision.
+        InputError: the folder holds results of another run, decoding, precision or attention.
     """
     file = folder / RECORD
     if not file.is_file():
         return
-    found = {
-        "precision": "float32",
-        **json.loads(file.read_text(encoding="utf-8")),
-    }  # once there was no other
+    once = {"precision": "float32", "attention": {}}  # all that there was
+    found = {**once, **json.loads(file.read_text(encoding="utf-8"))}
     differs = [key for key in record if found.get(key) != record[key]]
     if differs:
         key = differs[0]

@@ -31,6 +31,7 @@ from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
 from efficap.training.feature_cache import check_feature_cache
+from efficap.training.lock import begun
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
 from efficap.training.stage import Stage
@@ -111,18 +112,19 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
     write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-    try:
-        loggers = build_loggers(cfg, run_dir, log)
-        fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
-    except Stopped as stopped:
-        finish_wandb(exit_code=stopped.exit_status)
-        print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
-        sys.exit(stopped.exit_status)
-    except BaseException as error:
-        finish_wandb(exit_code=1)
-        if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
-            print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
-        raise
+    with begun(run_dir):
+        try:
+            loggers = build_loggers(cfg, run_dir, log)
+            fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
+        except Stopped as stopped:
+            finish_wandb(exit_code=stopped.exit_status)
+            print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+            sys.exit(stopped.exit_status)
+        except BaseException as error:
+            finish_wandb(exit_code=1)
+            if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
+                print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
+            raise
     log_artifact(cfg["logger"], run_dir)
     finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")

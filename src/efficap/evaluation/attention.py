@@ -14,7 +14,7 @@ from PIL import Image
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 DARKEST = 0.8  # of 1, where the model did not look at all
-CELL = 24  # pixels, about, of one head's map beside the others'
+CELL = 40  # pixels, a side of one head's map beside the others'
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,10 +44,10 @@ def central_square(width: float, height: float, crop: float) -> Box:
     return left, top, left + side, top + side
 
 
-def enlarged(attention: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    """An (h, w) map as (height, width), smooth between the middles of its positions, 0 or more."""
+def _enlarged(attention: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    """An (h, w) map as (height, width), smooth between the middles of its positions."""
     image = Image.fromarray(np.asarray(attention, np.float32))
-    return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC), np.float32).clip(min=0)
+    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR), np.float32)
 
 
 def shade(attention: NDArray[np.float32], size: tuple[int, int], crop: float) -> Image.Image:
@@ -62,22 +62,21 @@ def shade(attention: NDArray[np.float32], size: tuple[int, int], crop: float) ->
         An image of that size, mode ``LA``.
     """
     left, top, right, bottom = (round(edge) for edge in central_square(*size, crop))
-    seen = enlarged(attention, right - left, bottom - top)
+    seen = _enlarged(attention, right - left, bottom - top)
     looked = np.zeros(size[::-1], np.float32)
     looked[top:bottom, left:right] = seen / max(float(seen.max()), 1e-9)
-    return _black(looked)
+    alpha = np.round(255 * DARKEST * (1 - looked)).astype(np.uint8)
+    return Image.merge("LA", [Image.new("L", size), Image.fromarray(alpha)])
 
 
-def shade_heads(attention: NDArray[np.float32]) -> Image.Image:
-    """The maps of all layers (rows) and heads (columns), each as `shade` would, side by side: mode ``LA``."""
-    peaks = attention.max(axis=(-2, -1), keepdims=True)
-    maps = attention / np.maximum(peaks, 1e-9)  # (L, H, h, w)
-    times = max(1, CELL // maps.shape[-1])
-    layers, heads, height, width = maps.shape
-    mosaic = maps.transpose(0, 2, 1, 3).reshape(layers * height, heads * width)
-    return _black(np.kron(mosaic, np.ones((times, times), np.float32)))
-
-
-def _black(looked: NDArray[np.float32]) -> Image.Image:
-    alpha = np.round(255 * DARKEST * (1 - looked.clip(0, 1))).astype(np.uint8)
-    return Image.merge("LA", [Image.new("L", alpha.shape[::-1]), Image.fromarray(alpha)])
+def shade_heads(attention: NDArray[np.float32], seen: Image.Image) -> Image.Image:
+    """The part of a picture that the model sees, under the maps of all layers (rows) and heads (columns)."""
+    small = seen.resize((CELL, CELL), Image.Resampling.LANCZOS)
+    layers, heads = attention.shape[:2]
+    mosaic = Image.new("RGB", (heads * (CELL + 1) - 1, layers * (CELL + 1) - 1), "white")
+    for layer, head in np.ndindex(layers, heads):
+        corner = head * (CELL + 1), layer * (CELL + 1)
+        mosaic.paste(small, corner)
+        over = shade(attention[layer, head], small.size, 1.0)
+        mosaic.paste(over.getchannel("L"), corner, over.getchannel("A"))
+    return mosaic

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from efficap.evaluation.attention import Word, central_square, shade, shade_heads
 from efficap.evaluation.results import replacing
 
 THUMBNAIL = 320  # pixels, the longer side
@@ -28,12 +29,16 @@ class GalleryItem:
         caption: the predicted caption.
         references: what people wrote about it.
         note: a small line below, such as the file's name or its score.
+        words: of the caption, with where the model looked; pointing at one shows it.
+        crop: share of the picture's short side that the model saw, in the middle.
     """
 
     image: Path | Image.Image
     caption: str
     references: Sequence[str] = ()
     note: str = ""
+    words: Sequence[Word] = ()
+    crop: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +90,11 @@ def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subti
 
 def _figure(item: GalleryItem) -> str:
     references = "".join(f'<li dir="auto">{escape(text)}</li>' for text in item.references)
+    plain = f'<p class="caption" dir="auto">{escape(item.caption)}</p>'
+    caption = caption_of_words(item.image, item.words, item.crop) if item.words else plain
     return (
         f'<figure><div class="picture">{picture_tag(item.image, item.caption)}</div>'
-        f'<figcaption><p class="caption" dir="auto">{escape(item.caption)}</p>'
+        f"<figcaption>{caption}"
         + (f"<ul>{references}</ul>" if references else "")
         + (f'<p class="note">{escape(item.note)}</p>' if item.note else "")
         + "</figcaption></figure>\n"
@@ -105,12 +112,46 @@ def picture_tag(image: Path | Image.Image, alt: str) -> str:
         thumbnail = load_picture(image, THUMBNAIL)
     except UNREADABLE as error:
         return f'<p class="broken">cannot be read: {escape(str(error))}</p>'
-    data = io.BytesIO()
-    thumbnail.save(data, "JPEG", quality=JPEG_QUALITY, optimize=True)
-    source = base64.b64encode(data.getvalue()).decode()
     width, height = thumbnail.size
+    return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="{_inlined(thumbnail, "JPEG")}">'
+
+
+def _inlined(image: Image.Image, form: str) -> str:
+    data = io.BytesIO()
+    image.save(data, form, quality=JPEG_QUALITY, optimize=True)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def caption_of_words(image: Path | Image.Image, words: Sequence[Word], crop: float) -> str:
+    """A caption whose words, pointed at, show where the model looked, and whose shades show where it was unsure.
+
+    It stands in a figure of this page's style, below the picture, and needs no script. Where the picture cannot be read
+    the shades alone are shown.
+    """
+    try:
+        picture = load_picture(image, THUMBNAIL)
+    except UNREADABLE:
+        picture = None
+    shape = words[0].attention.shape
+    room = 100 * shape[0] / shape[1] if len(shape) == 4 else 0  # for the heads, in % of the width
+    inside = "".join(_word(word, picture, crop) for word in words)
+    return f'<p class="caption" dir="auto" style="margin-bottom:{room:.0f}%">{inside}</p>'
+
+
+def _word(word: Word, picture: Image.Image | None, crop: float) -> str:
+    space = " " if word.text[:1].isspace() else ""
+    looks = ""
+    if picture is not None:
+        quarter = max(1, picture.width // 4), max(1, picture.height // 4)  # enlarged again, it stays smooth
+        over = shade(word.mean_attention, quarter, crop)
+        looks = f'<img class="look" alt="" src="{_inlined(over, "PNG")}">'
+        if word.attention.ndim == 4:
+            left, top, right, bottom = (round(edge) for edge in central_square(*picture.size, crop))
+            heads = shade_heads(word.attention, picture.crop((left, top, right, bottom)))
+            looks += f'<img class="heads" alt="" src="{_inlined(heads, "JPEG")}">'
     return (
-        f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="data:image/jpeg;base64,{source}">'
+        f'{space}<span class="word" tabindex="0" title="probability {word.probability:.2f}" '
+        f'style="--doubt:{1 - word.probability:.2f}">{escape(word.text.strip())}{looks}</span>'
     )
 
 
@@ -158,13 +199,19 @@ header, main, footer { max-width: 1500px; margin: 0 auto; padding: 24px }
 header { padding-bottom: 0 } h1 { margin: 0; font-size: 26px } header p, footer { color: var(--soft) }
 main { display: grid; gap: 20px; grid-template-columns: repeat(auto-fill, minmax(min(260px, 100%), 1fr)) }
 figure {
-  margin: 0; background: var(--card); border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
+  position: relative; margin: 0; background: var(--card);
+  border: 1px solid var(--line); border-radius: 10px; overflow: hidden;
   content-visibility: auto; contain-intrinsic-size: auto 380px
 }
 .picture { height: 240px; display: grid; place-items: center; background: var(--line) }
 img { width: 100%; height: 240px; object-fit: contain; display: block }
 figcaption { padding: 12px 16px 14px; overflow-wrap: anywhere }
 p { margin: 0 } .caption { font-weight: 600 } ul { margin: 8px 0 0; padding-left: 18px; color: var(--soft) }
+.word { border-radius: 3px; background: rgb(226 132 38 / calc(var(--doubt) * 0.8)) }
+.word:hover, .word:focus { outline: 2px solid #3a7bd5 }
+.look, .heads { display: none; position: absolute; left: 0; top: 0; pointer-events: none }
+.word:hover .look, .word:focus .look, .word:hover .heads, .word:focus .heads { display: block }
+.heads { inset: auto 16px 10px; width: calc(100% - 32px); height: auto }
 .note, .broken { margin-top: 8px; font-size: 13px; color: var(--soft) } .broken { padding: 0 16px }
 </style>
 </head>

@@ -26,12 +26,14 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.data.module import CaptionData
+from efficap.evaluation.pictures import PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.models.weights import save_weights
 from efficap.training.module import CaptionModule
 from efficap.training.stage import Stage
 
 METRICS_FILE = "metrics.json"
+SAMPLES_FILE = "samples/last.parquet"
 
 
 class ProgressBar(RichProgressBar):
@@ -154,6 +156,8 @@ class RunMetrics(Callback):
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
             pl_module.log("train/memory_gib", _peak_memory() / 2**30)
+            assert isinstance(pl_module, CaptionModule)
+            pl_module.log("train/progress", pl_module.progress(trainer.global_step))
 
     def _steps(self, trainer: pl.Trainer) -> int:
         return self.stage.steps + int(trainer.global_step)
@@ -223,6 +227,8 @@ def _peak_memory() -> int:
 class SampleCaptions(Callback):
     """After each validation a page of pictures, captions and references; in W&B a table of the same.
 
+    The captions of the last one are also kept as `SAMPLES_FILE`, for programs to read.
+
     Args:
         run_dir: pages go to its folder ``samples``.
         pictures: gives the picture of an image id.
@@ -260,6 +266,8 @@ class SampleCaptions(Callback):
                 title=f"Step {step}",
                 subtitle=f"val/CIDEr {cider:.3f}",
             )
+            records = [PictureRecord(i, pl_module.predictions[i], pl_module.references[i]) for i in chosen]
+            write_pictures(self.run_dir / SAMPLES_FILE, records)
             for logger in trainer.loggers:
                 if isinstance(logger, WandbLogger):
                     _log_table(logger, items)

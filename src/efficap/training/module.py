@@ -80,12 +80,12 @@ class CaptionModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: CaptionBatch, _: int) -> None:
         if self.unfreeze_encoder_at is not None:
-            self.captioner.encoder.freeze(self._progress(self.global_step) < self.unfreeze_encoder_at)
+            self.captioner.encoder.freeze(self.progress(self.global_step) < self.unfreeze_encoder_at)
 
     def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
         if self.start_size is not None and batch.images.dtype == torch.uint8:
             full = batch.images.shape[-1]
-            size = growing_size(min(self.start_size, full), full, self._progress(self.global_step))
+            size = growing_size(min(self.start_size, full), full, self.progress(self.global_step))
             batch = replace(batch, images=resized(batch.images, size))
         loss = batch_loss(
             self.captioner, batch, label_smoothing=self.label_smoothing, token_dropout=self.token_dropout
@@ -119,7 +119,7 @@ class CaptionModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_adamw(
             self.captioner,
-            self._progress,
+            self.progress,
             fused=self.trainer.precision != "16-mixed",  # its loss scaling must come before the clipping
             **self.optimizer_settings,
         )
@@ -138,7 +138,7 @@ class CaptionModule(pl.LightningModule):
             norm = torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
             self.log("train/grad_norm", norm)  # a tensor: no step waits for it
 
-    def _progress(self, step: int) -> float:
+    def progress(self, step: int) -> float:
         """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""
         shares = [step / float(self.trainer.estimated_stepping_batches)]
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]

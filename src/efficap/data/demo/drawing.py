@@ -39,7 +39,7 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
 
 
 def bounding_box(look: Look, spot: Spot) -> tuple[float, float, float, float]:
-    """Left, top, right and bottom of what is seen of an object, as fractions of the picture's side, without its shadow."""
+    """Left, top, right and bottom of what is seen of an object but its shadow, as fractions of the picture's side."""
     corners = _tilted(_outline(look.shape), spot.tilt)
     across = [min(1.0, max(0.0, spot.x + x * spot.diameter / 2)) for x, _ in corners]
     down = [min(1.0, max(0.0, spot.y + y * spot.diameter / 2)) for _, y in corners]

@@ -1,0 +1,150 @@
+"""A training watched in the terminal: what is shown of its files, and when the watching ends."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from rich.console import Console
+
+from efficap.errors import InputError
+from efficap.evaluation.pictures import PictureRecord, write_pictures
+from efficap.training.callbacks import SAMPLES_FILE
+from efficap.training.lock import at_work, begun
+from efficap.training.terminal_plot import Curve, plot
+from efficap.training.watch import FINISHED, STOPPED, TRAINING, duration, main, read_run, screen, watch
+
+HOLD = "import sys; from efficap.training.lock import begun; from pathlib import Path\n"
+HOLD += "with begun(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run after 40 of 160 steps: 1,000 pairs at 10 a second."""
+    (tmp_path / "config.yaml").write_text("name: small-csv\n")
+    pd.DataFrame(
+        {
+            "step": [9, 19, 29, 39, 39],
+            "epoch": [0, 0, 1, 1, 1],
+            "train/loss": [4.0, 3.0, 2.5, 2.25, None],
+            "train/pairs": [250, 500, 750, 1000, None],
+            "train/pairs_per_second": [10, 10, 10, 10, None],
+            "train/progress": [0.0625, 0.125, 0.1875, 0.25, None],
+            "val/CIDEr": [None, None, None, None, 0.875],
+        }
+    ).to_csv(tmp_path / "metrics.csv", index=False)
+    records = [PictureRecord("dog.jpg", "a [b]dog", ["a brown dog"])]
+    write_pictures(tmp_path / SAMPLES_FILE, records)
+    return tmp_path
+
+
+@pytest.fixture
+def holder(run: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process that trains, for all that others can see."""
+    command = [sys.executable, "-c", HOLD, str(run)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def shown(run: Path) -> str:
+    console = Console(width=120, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(screen(read_run(run), console.width, samples=3))
+    return console.export_text()
+
+
+def test_the_screen_tells_speed_time_left_scores_and_captions(run: Path) -> None:
+    with begun(run):
+        text = shown(run)
+    assert text.split()[:2] == ["small-csv", "training"]
+    figures = next(line for line in text.splitlines() if "step" in line)
+    for part in ("step 40", "pairs 1,000", "pairs/s 10", "for 2 min", "left about 5 min", "val/CIDEr 0.875"):
+        assert part in " ".join(figures.split())
+    assert "dog.jpg  a [b]dog  a brown dog" in text
+
+
+def test_a_run_is_training_as_long_as_a_process_holds_it(run: Path, holder: subprocess.Popen[str]) -> None:
+    assert at_work(run)
+    assert read_run(run).state == TRAINING
+    with begun(run):  # a second process of the same training
+        assert at_work(run)
+    assert at_work(run)
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    assert not at_work(run)
+    assert read_run(run).state == STOPPED
+    (run / "metrics.json").write_text(json.dumps({"finished": True}))
+    assert read_run(run).state == FINISHED
+
+
+def test_looking_at_a_run_leaves_no_trace_in_it(run: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    shown(run)
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_watching_ends_with_the_process(run: Path, holder: subprocess.Popen[str], finished: bool) -> None:
+    (run / "metrics.json").write_text(json.dumps({"finished": finished}))
+    threading.Timer(0.3, holder.kill).start()
+    last = watch(run, Console(file=open("/dev/null", "w")), every=0.05, samples=1)  # noqa: SIM115
+    assert last.state == (FINISHED if finished else STOPPED)
+    assert main([str(run)]) == (0 if finished else 1)
+
+
+def test_files_that_are_half_written_show_what_was_there_before(run: Path) -> None:
+    before = read_run(run)
+    (run / "metrics.csv").write_text("")
+    (run / SAMPLES_FILE).write_text('{"image_id": "dog.j')
+    now = read_run(run, before)
+    assert now.last("val/CIDEr") == 0.875
+    assert now.samples == before.samples
+
+
+def test_a_run_before_its_first_step_is_shown(run: Path) -> None:
+    (run / "metrics.csv").unlink()
+    (run / SAMPLES_FILE).unlink()
+    with begun(run):
+        assert "no step is logged yet" in shown(run)
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(InputError, match=r"holds no config.yaml"):
+        read_run(tmp_path)
+    assert main([str(tmp_path), "--once"]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_curve_goes_through_its_values() -> None:
+    values = pd.Series(np.linspace(2, 1, 11), index=np.arange(0, 110, 10))
+    lines = plot([Curve(values, "blue")], width=30, height=5, last_step=100).plain.split("\n")
+    assert len(lines) == 5
+    assert [line[0] for line in lines] == ["2", " ", " ", " ", "1"]
+    dots = np.array([[ord(letter) - 0x2800 for letter in line[-28:]] for line in lines])
+    columns = [np.flatnonzero(dots[:, column]).mean() for column in range(28)]
+    expected = np.linspace(0, 4, 28)  # straight from the upper left to the lower right
+    assert np.abs(np.array(columns) - expected).max() <= 0.6
+
+
+def test_nothing_and_a_single_value_are_plotted_too() -> None:
+    assert plot([Curve(pd.Series(dtype=float), "red")], 30, 5, last_step=0).plain == "nothing yet"
+    assert plot([Curve(pd.Series([3.0], index=[0]), "red")], 30, 5, last_step=0).plain.count("\u2801") == 1
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0 s"), (99, "99 s"), (120, "2 min"), (5999, "1 h 40 min"), (11_100, "3 h 05 min")],
+)
+def test_durations_are_in_words(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
