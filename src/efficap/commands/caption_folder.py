@@ -55,8 +55,12 @@ class CaptionedFile:
         return self.captions[0].text if self.captions else ""
 
 
-def find_pictures(images: str) -> list[Path]:
+def find_pictures(images: str, setting: str = "images") -> list[Path]:
     """The files that `images` means: itself, all pictures below a folder, or what a glob matches, sorted.
+
+    Args:
+        images: what the setting says.
+        setting: its name, for messages.
 
     Raises:
         InputError: there is no such file, or no picture.
@@ -75,7 +79,7 @@ def find_pictures(images: str) -> list[Path]:
             if path.is_dir()
             else "is neither a file, nor a folder, nor a glob that matches one"
         )
-        raise InputError(f"images={images} {what} ({kinds})")
+        raise InputError(f"{setting}={images} {what} ({kinds})")
     return sorted(found)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
+from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torch import Tensor
 
@@ -18,13 +21,13 @@ from efficap.commands.entry import CONF, compose
 from efficap.commands.model_card import TEMPLATE, card_values
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
 from efficap.data.pictures import Picture, pixels_of
-from efficap.data.transforms import EvaluationTransform
+from efficap.data.transforms import EvaluationTransform, Resized
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.models.weights import WEIGHTS_FILE, save_weights
-from efficap.training.writer import CaptionWriter
+from efficap.training.writer import CaptionWriter, WrittenCaption
 
 _PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", "eval/*/scores.json", "eval/*/sheet.png"]
 _CONFIG_JSON = "config.json"  # by which the hub counts downloads
@@ -119,23 +122,78 @@ class Captioner(
             InputError: an unknown method or a setting that it does not have.
             PictureError: a file that is no picture.
         """
+        return [of_image[0].text for of_image in self.write(images, decoding, **changes)]
+
+    def write(
+        self,
+        images: Source | Sequence[Source],
+        decoding: str | None = None,
+        *,
+        attention: bool = False,
+        **changes: Any,
+    ) -> list[list[WrittenCaption]]:
+        """All captions of each picture, the best first, with their scores and the log-probabilities of their tokens.
+
+        Args:
+            images, decoding, changes: as `caption` takes them.
+            attention: also where each token looked in the square that `square` cuts out.
+
+        Raises:
+            InputError, PictureError: as `caption`; InputError of an ONNX export that is asked for its attention.
+        """
         sources = [images] if isinstance(images, Source) else list(images)
-        settings = _settings_of(decoding) if decoding else self.run.config["decoding"]
-        writer = CaptionWriter(self.model, self.tokenizer, build_decoding({**settings, **changes}))
-        captions: list[str] = []
-        side = self._transform.image_size
-        size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device))
+        writer = self.writer(self.settings(decoding) | changes)
+        size = writer.batch_size
+        assert size is not None
+        captions: list[list[WrittenCaption]] = []
         for start in range(0, len(sources), size):
             part = sources[start : start + size]
-            squares = torch.stack([self._square(source) for source in part]).to(self.device)  # (B, 3, S, S)
+            squares = torch.stack([self.square(source) for source in part]).to(self.device)  # (B, 3, S, S)
             names = [
                 str(source) if isinstance(source, str | Path) else str(start + place)
                 for place, source in enumerate(part)
             ]
-            captions += [of_image[0].text for of_image in writer.write(squares, names)]
+            captions += writer.write(squares, names, attention=attention)
         return captions
 
-    def _square(self, source: Source) -> Tensor:
+    def settings(self, decoding: str | None = None) -> dict[str, Any]:
+        """All settings of a decoding: those of conf/decoding/, or for None those that the run validated with.
+
+        Raises:
+            InputError: an unknown method.
+        """
+        return dict(_settings_of(decoding) if decoding else self.run.config["decoding"])
+
+    def writer(self, settings: dict[str, Any]) -> CaptionWriter:
+        """What writes captions of squares with these settings of a decoding, its batch size found.
+
+        Raises:
+            InputError: the settings are no decoding's.
+        """
+        writer = CaptionWriter(self.model, self.tokenizer, build_decoding(settings))
+        writer.find_batch_size(self._blank())
+        return writer
+
+    @property
+    def grid(self) -> tuple[int, int] | None:
+        """The latent positions that attention is told of, down and across; None of an ONNX export, which tells none."""
+        return self.model.encoder.grid if isinstance(self.model, CaptionModel) else None
+
+    def cut(self, width: int, height: int) -> Resized:
+        """Where the square lies that the model sees of a picture of this size in pixels."""
+        return self._transform.cut(width, height)
+
+    def _blank(self) -> Tensor:
+        side = self._transform.image_size
+        return torch.zeros(1, 3, side, side, dtype=torch.uint8, device=self.device)
+
+    def square(self, source: Source) -> Tensor:
+        """What the model sees of a picture: (3, S, S) uint8, on the CPU.
+
+        Raises:
+            InputError: a tensor of another shape or dtype.
+            PictureError: a file that is no picture.
+        """
         if isinstance(source, str | Path):
             return self._transform(Picture(Path(source).expanduser()))
         pixels = pixels_of(source) if isinstance(source, Image.Image) else source
@@ -167,13 +225,27 @@ class Captioner(
         return super().generate_model_card(*args, **{**card_values(self.run), **kwargs})
 
 
+@functools.cache
 def _settings_of(decoding: str) -> dict[str, Any]:
     """All settings of conf/decoding/`decoding`.yaml."""
     if not (CONF / "decoding" / f"{decoding}.yaml").is_file():
         known = sorted(file.stem for file in (CONF / "decoding").glob("*.yaml"))
         raise InputError(f"decoding={decoding} must be one of {', '.join(known)}")
-    settings: dict[str, Any] = compose("caption", f"decoding={decoding}", "run=", "images=")["decoding"]
+    with _outside_of_hydra():
+        settings: dict[str, Any] = compose("caption", f"decoding={decoding}", "run=", "images=")["decoding"]
     return settings
+
+
+@contextlib.contextmanager
+def _outside_of_hydra() -> Iterator[None]:
+    """The program around may be one of Hydra's, which composes one configuration at a time."""
+    registry = GlobalHydra.instance()
+    around = registry.hydra
+    registry.hydra = None
+    try:
+        yield
+    finally:
+        registry.hydra = around
 
 
 def _without_paths(value: Any) -> Any:

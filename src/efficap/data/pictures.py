@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,7 @@ class Picture:
     Args:
         source: a file, or its bytes.
         max_pixels: more than these, a decompression bomb perhaps, are refused before they are decoded.
+        formats: Pillow's names of those that are tried; None: all that it knows, some of which start other programs.
 
     Attributes:
         width, height: as shown, in pixels.
@@ -56,13 +58,15 @@ class Picture:
         PictureError: there is no such file, it is no picture, it is too large, or a PNG that is damaged.
     """
 
-    def __init__(self, source: Path | bytes, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self, source: Path | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+    ) -> None:
         data = source if isinstance(source, bytes) else _read(source)
         if not data:
             raise PictureError("empty", "0 bytes")
         _raise_pillows_limit(max_pixels)
         try:
-            self._image = Image.open(io.BytesIO(data))
+            self._image = Image.open(io.BytesIO(data), formats=formats)
         except Image.DecompressionBombError as error:
             raise PictureError("too large", f"{error}; the limit is {max_pixels:,}") from error
         except UnidentifiedImageError:

@@ -1,0 +1,97 @@
+"""What ``python -m efficap.demo`` is: the runs are loaded, tried once, and served until the process is stopped."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+import tempfile
+from collections import Counter
+from typing import Any
+
+from efficap.commands.caption_folder import find_pictures
+from efficap.commands.captioner import Captioner
+from efficap.commands.run_dir import RunDirectory
+from efficap.demo.service import CaptionService, Limits
+from efficap.errors import InputError
+
+EXAMPLES = 8  # shown at most
+
+
+def serve(cfg: dict[str, Any]) -> None:
+    """Serve as the plain values of conf/demo.yaml say; returns when the process is asked to stop.
+
+    Raises:
+        InputError: no such run, a run that cannot caption, an address that is taken, or Gradio is not installed.
+    """
+    examples = find_pictures(cfg["examples"], "examples")[:EXAMPLES] if cfg["examples"] else []
+    with tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads, _listening(cfg) as listener:
+        # Before Gradio is loaded, which reads them.
+        os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
+        uvicorn, build_app = _packages()
+        service = build_service(cfg)
+        service.warm_up()
+        app = build_app(
+            service, examples=examples, max_bytes=cfg["max_bytes"], max_seconds=cfg["max_seconds"]
+        )
+        host, port = listener.getsockname()[:2]
+        print(
+            f"http://{f'[{host}]' if ':' in host else host}:{port}   page; /docs   POST /caption", flush=True
+        )
+        config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, timeout_graceful_shutdown=5)
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def build_service(cfg: dict[str, Any]) -> CaptionService:
+    """The runs that conf/demo.yaml's values name, loaded, with their limits.
+
+    Raises:
+        InputError: no such run, a GPU that is not there, or a limit that nobody could keep.
+    """
+    for name in ("max_batch", "max_requests", "max_bytes", "max_pixels", "max_seconds"):
+        if not cfg[name] > 0:
+            raise InputError(f"{name}={cfg[name]} must be above 0")
+    paths = cfg["run"] if isinstance(cfg["run"], list) else [cfg["run"]]
+    runs = [RunDirectory(path) for path in paths]
+    if not runs:
+        raise InputError("run=[] names no run; give a run directory, such as run=outputs/latest")
+    captioners = [Captioner(run, accelerator=cfg["accelerator"], precision=cfg["precision"]) for run in runs]
+    names = dict(zip(_names(runs), captioners, strict=True))
+    limits = Limits(pixels=cfg["max_pixels"], **cfg["limits"])
+    return CaptionService(names, limits, max_batch=cfg["max_batch"], max_requests=cfg["max_requests"])
+
+
+def _names(runs: list[RunDirectory]) -> list[str]:
+    """The names that the runs were trained under, with a number where several have the same."""
+    names = [str(run.config["name"]) for run in runs]
+    counts = Counter(names)
+    return [name if counts[name] == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
+
+
+def _packages() -> tuple[Any, Any]:
+    try:
+        import uvicorn
+
+        from efficap.demo.server import build_app
+    except ImportError as error:
+        raise InputError(
+            f"the demo needs {error.name}, which is not installed: pip install 'efficap[demo]'"
+        ) from error
+    return uvicorn, build_app
+
+
+def _listening(cfg: dict[str, Any]) -> socket.socket:
+    """A socket that listens, so that a taken port is found before anything is loaded."""
+    host, port = cfg["host"], cfg["port"]
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        listener = socket.create_server((host, port), family=family)
+    except (OSError, OverflowError) as error:
+        raise InputError(
+            f"host={host} port={port} cannot be listened at ({error}); name another, or port=0 for any that is free"
+        ) from error
+    if host not in ("127.0.0.1", "localhost", "::1"):
+        print(
+            f"host={host}: whoever reaches this machine can use it; it asks for no password", file=sys.stderr
+        )
+    return listener

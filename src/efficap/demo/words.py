@@ -1,0 +1,55 @@
+"""The words of a caption, out of its tokens: how likely each was, and where the model looked as it wrote it.
+
+T tokens, h, w: the grid of latent positions.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from efficap.tokenizer import CaptionTokenizer
+from efficap.training.writer import WrittenCaption
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A word as it stands between spaces.
+
+    Attributes:
+        text: with what is attached to it, such as a full stop.
+        probability: of its tokens together, each after those before it; 1 for a prefix.
+        attention: (h, w) how much the model looked at each place, the mean over the word's tokens; None where that was
+            not asked for.
+    """
+
+    text: str
+    probability: float
+    attention: Tensor | None
+
+
+def words_of(
+    caption: WrittenCaption, tokenizer: CaptionTokenizer, grid: tuple[int, int] | None
+) -> list[Word]:
+    """The caption's words, in order.
+
+    Args:
+        grid: (h, w) of its attention; None where it has none.
+    """
+    texts = caption.text.split()
+    tokens: list[list[int]] = [[] for _ in texts]  # places in the caption of each word's tokens
+    last = len(caption.tokens) - 1 if caption.ended else len(caption.tokens)
+    for place in range(1, last):
+        upto = len(tokenizer.decode(caption.tokens[: place + 1]).split())
+        if 0 < upto <= len(texts):
+            tokens[upto - 1].append(place)
+    words = []
+    for text, places in zip(texts, tokens, strict=True):
+        log_prob = sum(caption.token_log_probs[place] for place in places)
+        look = None
+        if caption.attention is not None and grid is not None and places:
+            look = caption.attention[[place - 1 for place in places]].mean(dim=0).unflatten(0, grid)  # (h, w)
+        words.append(Word(text, math.exp(log_prob), look))
+    return words
