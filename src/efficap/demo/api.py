@@ -105,7 +105,7 @@ _PICTURE = {
 }
 _PROBLEMS: dict[int | str, dict[str, Any]] = {
     408: {"model": Problem, "description": "the picture did not arrive in time"},
-    413: {"model": Problem, "description": "the file has too many bytes"},
+    413: {"description": "the file has too many bytes"},
     422: {
         "model": Problem,
         "description": "no picture, one with too many pixels, or settings that cannot be",

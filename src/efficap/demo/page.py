@@ -39,6 +39,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
                     image_mode=None,  # the file as it is: the service opens it, with its own limits
                     sources=["upload", "clipboard"],
                     buttons=[],
+                    height=260,
                     elem_id="picture",
                 )
                 if examples:

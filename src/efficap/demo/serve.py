@@ -25,7 +25,10 @@ def serve(cfg: dict[str, Any]) -> None:
         InputError: no such run, a run that cannot caption, an address that is taken, or Gradio is not installed.
     """
     examples = find_pictures(cfg["examples"], "examples")[:EXAMPLES] if cfg["examples"] else []
-    with tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads, _listening(cfg) as listener:
+    with (
+        tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads,
+        listen(cfg["host"], cfg["port"]) as listener,
+    ):
         # Before Gradio is loaded, which reads them.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         uvicorn, build_app = _packages()
@@ -80,9 +83,12 @@ def _packages() -> tuple[Any, Any]:
     return uvicorn, build_app
 
 
-def _listening(cfg: dict[str, Any]) -> socket.socket:
-    """A socket that listens, so that a taken port is found before anything is loaded."""
-    host, port = cfg["host"], cfg["port"]
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that a port that is taken is found before anything is loaded.
+
+    Raises:
+        InputError: it cannot be listened there.
+    """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         listener = socket.create_server((host, port), family=family)
@@ -92,6 +98,6 @@ def _listening(cfg: dict[str, Any]) -> socket.socket:
         ) from error
     if host not in ("127.0.0.1", "localhost", "::1"):
         print(
-            f"host={host}: whoever reaches this machine can use it; it asks for no password", file=sys.stderr
+            f"host={host}: whoever reaches this machine can use it; no password is asked for", file=sys.stderr
         )
     return listener
