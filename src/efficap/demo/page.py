@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from gradio import processing_utils
 
 from efficap.data.pictures import PictureError
 from efficap.decoding import METHODS
@@ -35,8 +36,6 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
             with gr.Column(scale=1, min_width=300):
                 picture = gr.Image(
                     label="Picture",
-                    type="filepath",
-                    image_mode=None,  # the file as it is: the service opens it, with its own limits
                     sources=["upload", "clipboard"],
                     buttons=[],
                     height=260,
@@ -55,8 +54,8 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
                         gr.HTML(f"<h3>{escape(run)}</h3>")
                         results.append(gr.HTML(elem_id=f"run-{number}"))
 
-        async def caption(file: str | None, chosen: str, *values: Any) -> list[str]:
-            if file is None:
+        async def caption(uploaded: dict[str, Any] | None, chosen: str, *values: Any) -> list[str]:
+            if uploaded is None:
                 return [""] * len(runs)
             method = None if chosen == AS_TRAINED else chosen
             taken = _taken(defaults[method]["method"]) if method else []
@@ -67,7 +66,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
             }
             try:
                 with service.place():
-                    data = await asyncio.to_thread(Path(file).read_bytes)
+                    data = await asyncio.to_thread(Path(uploaded["path"]).read_bytes)
                     found = await service.caption(data, runs, method, changes, attention=True)
             except (InputError, PictureError, OverloadError) as error:
                 raise gr.Error(escape(str(error)), print_exception=False) from None
@@ -89,6 +88,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
             "fn": caption,
             "inputs": inputs,
             "outputs": results,
+            "preprocess": False,  # Gradio would open the picture; the service does, with its own limits
             "trigger_mode": "always_last",
             "concurrency_limit": None,  # they meet in the service's queue
             "api_visibility": "private",
@@ -100,7 +100,15 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
         gr.on([picture.change, *changed], **options)
         decoding.input(choose, [decoding], list(settings.values()), api_visibility="private").then(**options)
     page.queue(max_size=service.max_requests, default_concurrency_limit=None)
+    # A client may name any file, or an address, as its upload. Gradio refuses files that were not uploaded, but only
+    # once it has launched a page, which does not happen to one that is mounted; and it fetches what lies at an address.
+    page.has_launched = True
+    processing_utils.async_ssrf_protected_download = _refuse
     return page
+
+
+async def _refuse(url: str, cache_dir: str) -> str:
+    raise gr.Error("a picture must be uploaded", print_exception=False)
 
 
 def _setting_components(limits: Limits) -> dict[str, Any]:

@@ -44,9 +44,12 @@ class Gate:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        is_upload = scope.get("path", "").startswith("/gradio_api/file=")
+        headers = {**_HEADERS, b"content-security-policy": b"sandbox"} if is_upload else _HEADERS
+
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], *_HEADERS.items()]
+                message["headers"] = [*message["headers"], *headers.items()]
             await send(message)
 
         if scope["type"] == "http":
