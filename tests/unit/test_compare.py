@@ -469,8 +469,8 @@ def test_all_figures_of_the_tables_agree_with_plain_pandas_on_the_files_of_the_r
         return f"[{low:.1f}, {high:.1f}]"
 
     def seeds_of(jobs: list[int], split: str, column: str) -> np.ndarray[Any, Any]:
-        files = [sweep / f"{job}_small/eval/{split}/pictures.jsonl" for job in jobs]
-        return np.array([pd.read_json(file, lines=True)[column].to_list() for file in files], float)
+        files = [sweep / f"{job}_small/eval/{split}/pictures.parquet" for job in jobs]
+        return np.array([pd.read_parquet(file)[column].to_list() for file in files], float)
 
     for (split, scores), (_, differences) in zip(written[:2], written[2:], strict=True):
         draws = np.random.default_rng(3).integers(0, N, (200, N))

@@ -19,7 +19,8 @@ from efficap.evaluation.page.page import write_page
 from efficap.evaluation.page.selection import select
 from efficap.evaluation.page.thumbnails import AT_ONCE, SIDE, thumbnails
 from efficap.evaluation.pictures import PictureRecord
-from efficap.evaluation.scores import BLEU_COUNTS, PictureScores
+from efficap.evaluation.scores import PictureScores
+from efficap.evaluation.sums import BLEU_COUNTS
 
 EVIL = "</script><script>attacked = 1</script><!-- <img src=x onerror=attack()> & \"quoted\" 'é' \ud800"
 
