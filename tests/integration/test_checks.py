@@ -46,7 +46,9 @@ def test_a_model_that_learned_from_pictures_looks_at_them(
     scores = evaluated(trained_on(colours, tmp_path / "run"))
     checks = scores["checks"]
     assert checks["verdict"] == "yes"
-    assert checks["loss_gap"] > 0.3
+    assert checks["loss_gap"] > 0.15, (
+        "one token in four or five is the colour, and a quarter is exchanged for its own"
+    )
     assert checks["CIDEr_gap"] == pytest.approx(scores["CIDEr"] - scores["CIDEr-shuffled"])
     assert checks["copied"] == 1.0, "there are no other captions of a colour"
     assert checks["novel_words"] == 0.0
@@ -55,7 +57,7 @@ def test_a_model_that_learned_from_pictures_looks_at_them(
     assert f"looks at the picture: yes (loss gap {checks['loss_gap']:.2f}, CIDEr gap" in said
     assert scores["signature"] in said
     for name, (low, high) in scores["intervals"].items():
-        assert low <= scores[name] <= high
+        assert low - 1e-6 <= scores[name] <= high + 1e-6
     assert list(scores["intervals"]) == ["BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "CIDEr"]
 
 

@@ -7,6 +7,7 @@ import torch
 from conftest import tiny_model
 
 from efficap.batch import CaptionBatch
+from efficap.evaluation.grounding import exchanged
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
@@ -57,7 +58,8 @@ def test_the_losses_are_those_of_training_with_the_picture_and_with_another(capt
     own = [
         training_loss(captioner, image, REFERENCES[name]) for name, image in zip("abc", images, strict=True)
     ]
-    other = [training_loss(captioner, images[n], REFERENCES[i]) for i, n in (("a", 1), ("b", 2), ("c", 0))]
+    other_of = exchanged(list(REFERENCES))
+    other = [training_loss(captioner, images["abc".index(other_of[i])], REFERENCES[i]) for i in "abc"]
     assert losses.own == pytest.approx(own, abs=1e-5)
     assert losses.other == pytest.approx(other, abs=1e-5)
     assert losses.own != pytest.approx(losses.other, abs=1e-2)

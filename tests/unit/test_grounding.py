@@ -17,6 +17,7 @@ from efficap.evaluation.grounding import (
     against_training,
     checks_line,
     describe,
+    exchanged,
     verdict,
     verdict_line,
     words_of,
@@ -69,6 +70,17 @@ def test_a_gap_is_judged_beyond_chance() -> None:
     assert Gap.of(rng.normal(0.5, 1.0, 1000).tolist()).verdict(0.05) == "yes"
     assert Gap.of(rng.normal(0.0, 0.1, 1000).tolist()).verdict(0.05) == "no"
     assert Gap.of(rng.normal(0.5, 1.0, 4).tolist()).verdict(0.05) == "unsure"
+
+
+def test_pictures_are_exchanged_so_that_none_keeps_its_own_and_a_tables_period_is_lost() -> None:
+    ids = [f"{number:02}" for number in range(24)]
+    other_of = exchanged(ids)
+    assert sorted(other_of) == sorted(other_of.values()) == ids
+    assert all(own != other for own, other in other_of.items())
+    alike = [int(own) % 4 == int(other) % 4 for own, other in other_of.items()]
+    assert sum(alike) < 12, "a shift by half of these would exchange each for one of its kind"
+    assert exchanged(ids[::-1]) == other_of
+    assert exchanged(["a", "b"]) == {"a": "b", "b": "a"}
 
 
 @pytest.mark.parametrize(

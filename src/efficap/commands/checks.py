@@ -13,6 +13,7 @@ from efficap.evaluation.grounding import (
     Gap,
     against_references,
     against_training,
+    exchanged,
     verdict,
 )
 from efficap.evaluation.objects import hallucinated_share
@@ -41,16 +42,12 @@ def own_and_other_cider(
 ) -> list[tuple[float, float]]:
     """CIDEr of each caption against its picture's references and another's: what a model scores that does not look.
 
-    Each picture takes the references of the one that comes half a split later. Nothing where CIDEr failed or was not
-    asked for, and of one picture.
+    Nothing where CIDEr failed or was not asked for, and of one picture.
     """
     if not isinstance(scores.get("CIDEr"), float) or len(predictions) < 2:
         return []
-    ids = list(predictions)
-    half = len(ids) // 2
-    others = {
-        image_id: references[other] for image_id, other in zip(ids, ids[half:] + ids[:half], strict=True)
-    }
+    other_of = exchanged(list(predictions))
+    others = {image_id: references[other_of[image_id]] for image_id in predictions}
     try:
         of_others = cider_per_image(predictions, others)
     except (OSError, RuntimeError):  # of Java, which has scored before: the scores are not to be lost for it
@@ -87,8 +84,10 @@ def checks_of(
     if cider:
         cider_gap = Gap.of([own - other for own, other in cider])
         checks["CIDEr_gap"] = cider_gap.mean
+    checks |= against_references(predictions, references)
     said = verdict(loss_gap, cider_gap)
-    checks = ({"verdict": said} if said else {}) | checks | against_references(predictions, references)
+    if said:
+        checks = {"verdict": said, **checks}
     notes = []
     try:
         hallucinated = hallucinated_share(predictions, references, instances)

@@ -140,12 +140,12 @@ def _scored(
     return {name: value for name, value in scores.items() if not name.startswith(tuple(unasked))}, parts
 
 
-def _intervals(scores: Scores, parts: Parts, settings: dict[str, int]) -> dict[str, tuple[float, float]]:
+def _intervals(scores: Scores, parts: Parts, settings: dict[str, int]) -> dict[str, list[float]]:
     """Of the scores asked for, of more than one picture."""
     if not settings["resamples"] or not parts or len(next(iter(parts.values()))) < 2:
         return {}
     found = score_intervals(parts, resamples=settings["resamples"], seed=settings["seed"])
-    return {name: bounds for name, bounds in found.items() if name in scores}
+    return {name: list(bounds) for name, bounds in found.items() if name in scores}
 
 
 def _write_captions(out: Path, predictions: dict[str, str], coco_ids: dict[str, int]) -> None:

@@ -6,6 +6,7 @@ A word is a run of letters and digits, lower-cased; with apostrophes inside.
 from __future__ import annotations
 
 import math
+import random
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 from efficap.evaluation.scores import distinct_share
 
 ORDER = 3  # words of the n-grams whose repetition is counted
+SEED = 0  # of the exchange of pictures, which has no other use
 SURE = 1.96  # standard errors on either side of a mean, for 95 %
 LEAST_LOSS_GAP = 0.05  # nats a token: another picture makes a word 5 % less likely
 LEAST_CIDER_GAP = 0.05  # 5 as papers print it
@@ -40,6 +42,16 @@ class Gap(NamedTuple):
         if self.mean - SURE * self.error > least:
             return "yes"
         return "no" if self.mean + SURE * self.error < least else "unsure"
+
+
+def exchanged(image_ids: Sequence[str]) -> dict[str, str]:
+    """For each of at least two pictures another one, by chance, for the order of a table may repeat itself.
+
+    All are exchanged in a ring, so that none keeps its own; the same pictures always in the same way.
+    """
+    ring = sorted(image_ids)
+    random.Random(SEED).shuffle(ring)
+    return dict(zip(ring, ring[1:] + ring[:1], strict=True))
 
 
 def words_of(caption: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from efficap.evaluation.curves import plot_curves
@@ -19,13 +19,13 @@ PERCENT = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "METEOR", "ROUGE-L", "CIDEr")
 ERROR = "_error"
 
 
-def scores_table(scores: Scores, intervals: Mapping[str, tuple[float, float]] | None = None) -> Table:
+def scores_table(scores: Scores, intervals: Mapping[str, Sequence[float]] | None = None) -> Table:
     """The scores for the screen, as computed and as papers print them (×100); failed metrics with the reason.
 
     Args:
         scores: as `score_captions` returns them; ``split``, ``images`` and ``decoding`` go to the title, those of
             groups (``in-domain/CIDEr``) to `groups_table`, all else to rows.
-        intervals: by score, where there are any.
+        intervals: by score its lower and upper bound, where there are any.
     """
     from rich.table import Table
     from rich.text import Text

@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from efficap.batch import next_token_places
+from efficap.evaluation.grounding import SEED, exchanged
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import memory_loss
-
-SEED = 0  # of the choice of pictures, which has no other use
 
 
 class Losses(NamedTuple):
@@ -77,13 +76,10 @@ class GapProbe:
         image_ids = [image_id for image_id in self._order if references[image_id]]
         if len(image_ids) < 2:
             return Losses([], [])
-        half = len(image_ids) // 2
+        other_of = exchanged(image_ids)
         return Losses(
             [self._loss(references[own], self._kept[own]) for own in image_ids],
-            [
-                self._loss(references[own], self._kept[other])
-                for own, other in zip(image_ids, image_ids[half:] + image_ids[:half], strict=True)
-            ],
+            [self._loss(references[own], self._kept[other_of[own]]) for own in image_ids],
         )
 
     def _loss(self, captions: Sequence[str], memory: Tensor) -> float:
