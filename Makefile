@@ -33,8 +33,8 @@ train: setup
 	$(BIN)/python eval.py run=outputs/latest split=irregular
 	$(BIN)/python caption.py run=outputs/latest images='data/demo/images/test_000*.jpg'
 	@echo
-	@echo "Look at: outputs/latest/eval/test/report.html      scores, checks, curves; captions, references and CIDEr of each picture"
-	@echo "         outputs/latest/eval/irregular/report.html the same for combinations never seen in training"
+	@echo "Look at: outputs/latest/eval/test/report.html       scores, checks, curves, and captions, references and CIDEr of each picture"
+	@echo "         outputs/latest/eval/irregular/report.html  the same for combinations never seen in training"
 	@echo "         outputs/latest/captions/*/index.html      what caption.py writes for a folder"
 	@echo "         outputs/latest/curves.png                 losses and scores over the training"
 

@@ -209,7 +209,7 @@ def _write_pages(
         records=records,
         pictures=pictures,
         limit=limit,
-        metrics_csv=subject.out.parent / "metrics.csv",
+        metrics_csv=None if subject.runs else subject.out.parent / "metrics.csv",
     )
     few = records[: min(SHEET, limit)]
     contact_sheet(

@@ -126,5 +126,5 @@ for (const [name, numbers] of Object.entries(data.rows)) {
   cards.forEach(show); // few, and in a strip that scrolls by itself
   document.getElementById(name).replaceChildren(...cards);
 }
-document.body.classList.add("scripted");
 reorder();
+document.body.classList.add("scripted");

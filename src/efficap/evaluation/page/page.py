@@ -138,19 +138,20 @@ def _gallery(pictures: int, selection: Selection, rows: Mapping[str, list[int]])
     some = f", {shown:,} of {pictures:,}: {chosen}" if shown < pictures else ""
     orders = ["split", *(["best", "worst"] if scored else []), "random", "longest", "shortest"]
     options = "".join(f'<option value="{name}">{ORDERS[name]}</option>' for name in orders)
+    strips = "".join(
+        f'<section><h2>{ROWS[name]}</h2><div class="cards strip" id="{name}"></div></section>\n'
+        for name in rows
+    )
     return (
         "<noscript><section><p>The pictures are laid out by the script of this page, which is switched off here; "
-        "captions.json beside it holds the captions.</p></section></noscript>\n"
-        + "".join(
-            f'<section><h2>{ROWS[name]}</h2><div class="cards strip" id="{name}"></div></section>\n'
-            for name in rows
-        )
-        + f"<section><h2>Pictures{some}</h2><form>"
-        '<input type="search" name="search" aria-label="search" placeholder="Words of captions, references, names">'
+        f"captions.json beside it holds the captions.</p></section></noscript>\n<main>{strips}"
+        f"<section><h2>Pictures{some}</h2><form>"
+        '<input type="search" name="search" dir="auto" aria-label="search" '
+        'placeholder="Words of captions, references, names">'
         f"{_between('CIDEr', 'cider', '0.01', hidden=not scored)}{_between('words', 'words', '1')}"
         f'<label>order <select name="order">{options}</select></label>'
         '<button type="reset">reset</button><output></output></form>'
-        '<div class="cards" id="all"></div></section>\n'
+        '<div class="cards" id="all"></div></section></main>\n'
     )
 
 
