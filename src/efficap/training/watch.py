@@ -28,6 +28,7 @@ from efficap.training.lock import at_work
 from efficap.training.terminal_plot import Curve, plot
 
 TRAINING, FINISHED, STOPPED = "training", "finished", "stopped"
+_JOINED = "\u00a0"  # a space at which no line ends
 _STYLES = {TRAINING: "bold green", FINISHED: "bold blue", STOPPED: "bold red"}
 
 
@@ -141,9 +142,8 @@ def _head(run: Watched) -> Text:
     return Text.assemble((run.name, "bold"), "  ", (run.state, _STYLES[run.state]), note)
 
 
-def _figures(run: Watched) -> Table:
+def _figures(run: Watched) -> Text:
     """The newest value of each."""
-    table = Table.grid(padding=(0, 2))
     seconds, left = run.seconds, run.seconds_left if run.state == TRAINING else None
     figures = {
         "step": f"{int(run.log['step'].max()) + 1:,}" if len(run.log) else None,
@@ -155,9 +155,12 @@ def _figures(run: Watched) -> Table:
         "val/CIDEr": _number(run.last("val/CIDEr"), ".3f"),
         "val/BLEU-4": _number(run.last("val/BLEU-4"), ".3f"),
     }
-    known = {name: value for name, value in figures.items() if value is not None}
-    table.add_row(*(Text.assemble((f"{name} ", "dim"), value) for name, value in known.items()))
-    return table
+    text = Text()
+    for name, value in figures.items():
+        if value is not None:
+            text.append(f"{name} {value}".replace(" ", _JOINED) + "  ")
+    text.highlight_words([name.replace(" ", _JOINED) for name in figures], "dim")
+    return text
 
 
 def _samples(records: list[PictureRecord]) -> list[RenderableType]:
