@@ -14,7 +14,7 @@ import pytest
 from conftest import tiny_overrides, write_colour_table
 from rich.console import Console
 
-from efficap.training.lock import at_work
+from efficap.training.progress import at_work
 from efficap.training.watch import FINISHED, STOPPED, TRAINING, read_run, watch
 
 pytestmark = pytest.mark.slow

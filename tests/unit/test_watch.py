@@ -17,12 +17,11 @@ from rich.console import Console
 
 from efficap.errors import InputError
 from efficap.evaluation.pictures import PictureRecord, write_pictures
-from efficap.training.callbacks import SAMPLES_FILE
-from efficap.training.lock import at_work, begun
+from efficap.training.progress import SAMPLES_FILE, at_work, begun
 from efficap.training.terminal_plot import Curve, plot
 from efficap.training.watch import FINISHED, STOPPED, TRAINING, duration, main, read_run, screen, watch
 
-HOLD = "import sys; from efficap.training.lock import begun; from pathlib import Path\n"
+HOLD = "import sys; from efficap.training.progress import begun; from pathlib import Path\n"
 HOLD += "with begun(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
 
 

@@ -15,8 +15,8 @@ from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
-from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, stage_of
+from efficap.training.progress import METRICS_FILE
 
 # What the next step does not depend on, or what says when training ends.
 _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "data.num_workers", "callbacks.")

@@ -28,12 +28,11 @@ from efficap.evaluation.scores import check_java
 from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.callbacks import METRICS_FILE
 from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
 from efficap.training.feature_cache import check_feature_cache
-from efficap.training.lock import begun
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
+from efficap.training.progress import METRICS_FILE, begun
 from efficap.training.stage import Stage
 
 

@@ -30,10 +30,8 @@ from efficap.evaluation.pictures import PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.models.weights import save_weights
 from efficap.training.module import CaptionModule
+from efficap.training.progress import METRICS_FILE, SAMPLES_FILE
 from efficap.training.stage import Stage
-
-METRICS_FILE = "metrics.json"
-SAMPLES_FILE = "samples/last.parquet"
 
 
 class ProgressBar(RichProgressBar):

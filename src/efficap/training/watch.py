@@ -23,8 +23,7 @@ from rich.text import Text
 from efficap.errors import InputError
 from efficap.evaluation.curves import SMOOTHED_SHARE, TRAIN_LOSSES, logged_values, read_metrics
 from efficap.evaluation.pictures import PictureRecord, read_pictures
-from efficap.training.callbacks import METRICS_FILE, SAMPLES_FILE
-from efficap.training.lock import at_work
+from efficap.training.progress import METRICS_FILE, SAMPLES_FILE, at_work
 from efficap.training.terminal_plot import Curve, plot
 
 TRAINING, FINISHED, STOPPED = "training", "finished", "stopped"
@@ -167,9 +166,8 @@ def _samples(records: list[PictureRecord]) -> list[RenderableType]:
     lines = []
     for record in records:
         reference = record.references[0] if record.references else ""
-        lines.append(
-            Text.assemble((f"{record.image_id}  ", "dim"), record.caption, (f"  {reference}", "dim"))
-        )
+        parts = (f"{record.image_id}  ", "dim"), record.caption, (f"  {reference}", "dim")
+        lines.append(Text.assemble(*parts, no_wrap=True, overflow="ellipsis"))
     return [Text(""), *lines] if lines else []
 
 

@@ -1,4 +1,4 @@
-"""Whether a training is still at work: a lock on a file of its run directory, which ends with its process."""
+"""What a training lets others see while it is at work: files of its run directory, and a lock that ends with it."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import fcntl
 from collections.abc import Iterator
 from pathlib import Path
 
+METRICS_FILE = "metrics.json"
+SAMPLES_FILE = "samples/last.parquet"  # of the last validation
 LOCK_FILE = "training.lock"
 
 
