@@ -135,6 +135,14 @@ def test_the_page_shows_each_words_map_over_its_picture_without_a_script(tmp_pat
     assert 'style="--doubt:0.00">.<img' in html, "no space before a mark"
 
 
+def test_the_thinnest_picture_has_its_maps_too(tmp_path: Path) -> None:
+    words = [Word("a", 1.0, np.tile(RED, (2, 4, 1, 1)))]
+    for size in ((2000, 3), (1, 500), (1, 1)):
+        item = GalleryItem(Image.new("RGB", size), "a", words=words, crop=0.9)
+        write_gallery(tmp_path / "p.html", [item], title="t")
+        assert (tmp_path / "p.html").read_text().count('class="heads"') == 1
+
+
 def test_a_page_of_heads_has_them_beside_their_mean(tmp_path: Path) -> None:
     maps = np.tile(RED, (2, 4, 1, 1))
     items = [GalleryItem(Image.new("RGB", (64, 64)), "a", words=[Word("a", 1.0, maps)])]

@@ -11,8 +11,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom
-
 DARKEST = 0.8  # of 1, where the model did not look at all
 CELL = 40  # pixels, a side of one head's map beside the others'
 
@@ -37,10 +35,10 @@ class Word:
         return self.attention.reshape(-1, *self.attention.shape[-2:]).mean(axis=0)
 
 
-def central_square(width: float, height: float, crop: float) -> Box:
-    """What the model sees of a picture: the square in its middle, `crop` of its short side."""
-    side = crop * min(width, height)
-    left, top = (width - side) / 2, (height - side) / 2
+def central_square(width: int, height: int, crop: float) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what the model sees of a picture: a square in its middle, `crop` of the short side."""
+    side = max(1, round(crop * min(width, height)))
+    left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
 
 
@@ -61,7 +59,7 @@ def shade(attention: NDArray[np.float32], size: tuple[int, int], crop: float) ->
     Returns:
         An image of that size, mode ``LA``.
     """
-    left, top, right, bottom = (round(edge) for edge in central_square(*size, crop))
+    left, top, right, bottom = central_square(*size, crop)
     seen = _enlarged(attention, right - left, bottom - top)
     looked = np.zeros(size[::-1], np.float32)
     looked[top:bottom, left:right] = seen / max(float(seen.max()), 1e-9)

@@ -146,8 +146,7 @@ def _word(word: Word, picture: Image.Image | None, crop: float) -> str:
         over = shade(word.mean_attention, quarter, crop)
         looks = f'<img class="look" alt="" src="{_inlined(over, "PNG")}">'
         if word.attention.ndim == 4:
-            left, top, right, bottom = (round(edge) for edge in central_square(*picture.size, crop))
-            heads = shade_heads(word.attention, picture.crop((left, top, right, bottom)))
+            heads = shade_heads(word.attention, picture.crop(central_square(*picture.size, crop)))
             looks += f'<img class="heads" alt="" src="{_inlined(heads, "JPEG")}">'
     return (
         f'{space}<span class="word" tabindex="0" title="probability {word.probability:.2f}" '
