@@ -36,7 +36,7 @@ class Word:
 
 
 def central_square(width: int, height: int, crop: float) -> tuple[int, int, int, int]:
-    """Left, top, right, bottom of what the model sees of a picture: a square in its middle, `crop` of the short side."""
+    """Left, top, right, bottom of what the model sees of a picture: `crop` of its short side, in the middle."""
     side = max(1, round(crop * min(width, height)))
     left, top = (width - side) // 2, (height - side) // 2
     return left, top, left + side, top + side
