@@ -20,7 +20,7 @@ from efficap.commands.provenance import provenance, without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
 from efficap.commands.sweep import is_sweep_job
 from efficap.models.weights import WEIGHTS_FILE
-from efficap.training.callbacks import METRICS_FILE
+from efficap.training.progress import METRICS_FILE
 
 _WANDB_FILE = "wandb.json"  # in a run directory: which of W&B's runs it is
 
