@@ -254,7 +254,7 @@ def browser_page(tmp_path: Path) -> Iterator[Any]:
 DROP = """async ([data, name]) => {
     const bytes = Uint8Array.from(atob(data), letter => letter.charCodeAt(0));
     const files = new DataTransfer();
-    files.items.add(new File([bytes], name));
+    files.items.add(new File([bytes], name, {type: "image/jpeg"}));
     const target = document.querySelector("#picture button, #picture [role=button]");
     for (const kind of ["dragenter", "dragover", "drop"])
         target.dispatchEvent(new DragEvent(kind, {dataTransfer: files, bubbles: true, cancelable: true}));
