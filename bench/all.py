@@ -25,6 +25,7 @@ BENCHES = {
     "train_step": ["--short"],
     "feature_cache": ["--short"],
     "export": ["--short"],
+    "serve": ["--short"],
 }
 
 

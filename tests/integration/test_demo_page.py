@@ -221,7 +221,9 @@ def address(folder: Path, runs: list[Path]) -> Iterator[str]:
         "port=0",
         "accelerator=cpu",
     ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    place = folder.parent / "temporary"
+    place.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TMPDIR": str(place)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
             assert process.stdout is not None
@@ -230,7 +232,8 @@ def address(folder: Path, runs: list[Path]) -> Iterator[str]:
             yield line.split()[0]
         finally:
             process.terminate()
-            process.wait(30)
+            assert process.wait(30) == 143
+    assert not list(place.glob("efficap-demo-*"))  # the uploads
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""What the three entry points share: compose the configuration, run, and turn a user's mistake into one line."""
+"""What the entry points share: compose the configuration, run, and turn a user's mistake into one line."""
 
 from __future__ import annotations
 
@@ -162,7 +162,9 @@ def _unknown_setting(key: str, config_name: str) -> str:
         )
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
     nearest = f"; nearest: {', '.join(near)}" if near else ""
-    return f"{key} is no setting here{nearest}; all of them: python {config_name}.py --cfg job"
+    script = f"{config_name}.py"
+    program = script if (CONF.parent / script).is_file() else f"-m efficap.{config_name}"
+    return f"{key} is no setting here{nearest}; all of them: python {program} --cfg job"
 
 
 def _keys(cfg: DictConfig) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,7 +58,7 @@ class Picture:
     """
 
     def __init__(
-        self, source: Path | bytes, max_pixels: int = MAX_PIXELS, formats: Sequence[str] | None = None
+        self, source: Path | bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
     ) -> None:
         data = source if isinstance(source, bytes) else _read(source)
         if not data:

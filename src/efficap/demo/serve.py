@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -29,6 +30,8 @@ def serve(cfg: dict[str, Any]) -> None:
         tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads,
         listen(cfg["host"], cfg["port"]) as listener,
     ):
+        # uvicorn hands a signal on when it has answered who was waiting; the uploads are to be removed after that.
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         # Before Gradio is loaded, which reads them.
         os.environ |= {"GRADIO_TEMP_DIR": uploads, "GRADIO_ANALYTICS_ENABLED": "False"}
         uvicorn, build_app = _packages()

@@ -39,17 +39,28 @@ def words_of(
         grid: (h, w) of its attention; None where it has none.
     """
     texts = caption.text.split()
-    tokens: list[list[int]] = [[] for _ in texts]  # places in the caption of each word's tokens
-    last = len(caption.tokens) - 1 if caption.ended else len(caption.tokens)
-    for place in range(1, last):
-        upto = len(tokenizer.decode(caption.tokens[: place + 1]).split())
-        if 0 < upto <= len(texts):
-            tokens[upto - 1].append(place)
+    places = _places(caption, tokenizer, len(texts))
     words = []
-    for text, places in zip(texts, tokens, strict=True):
-        log_prob = sum(caption.token_log_probs[place] for place in places)
+    for text, own in zip(texts, places, strict=True):
+        log_prob = sum(caption.token_log_probs[place] for place in own)
         look = None
-        if caption.attention is not None and grid is not None and places:
-            look = caption.attention[[place - 1 for place in places]].mean(dim=0).unflatten(0, grid)  # (h, w)
+        if caption.attention is not None and grid is not None and own:
+            look = caption.attention[[place - 1 for place in own]].mean(dim=0).unflatten(0, grid)  # (h, w)
         words.append(Word(text, math.exp(log_prob), look))
     return words
+
+
+def _places(caption: WrittenCaption, tokenizer: CaptionTokenizer, words: int) -> list[list[int]]:
+    """For each word the places of its tokens in the caption; a space that is a token belongs to the word after it."""
+    places: list[list[int]] = [[] for _ in range(words)]
+    pending: list[int] = []
+    before = ""
+    for place in range(1, len(caption.tokens) - caption.ended):
+        pending.append(place)
+        upto = tokenizer.decode(caption.tokens[: place + 1])
+        if upto != before and 0 < len(upto.split()) <= words:
+            places[len(upto.split()) - 1] += pending
+            pending, before = [], upto
+    if places:
+        places[-1] += pending  # a letter that was cut in its midst
+    return places
