@@ -1,14 +1,16 @@
-# make train | make test | make lint | make setup. All the set-up happens by itself; PYTHON=python3.12 picks another.
+# make train | study | test | bench | lint | setup. All the set-up happens by itself; PYTHON=python3.12 picks another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
+STUDY ?= outputs/study
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test bench lint format
+.PHONY: help setup train study test bench lint format
 
 help:
 	@echo "make train   train on the built-in pictures, score, caption (ARGS='seed=1' passes settings to train.py)"
+	@echo "make study   two sizes, two seeds each, trained on the built-in pictures and compared, into $(STUDY)"
 	@echo "make test    the whole test suite (ARGS='-k beam' passes options to pytest)"
 	@echo "make bench   the benchmarks in short form, into docs/benchmarks.md"
 	@echo "make lint    ruff, mypy, import-linter"
@@ -37,6 +39,15 @@ train: setup
 	@echo "         outputs/latest/eval/irregular/report.html  the same for combinations never seen in training"
 	@echo "         outputs/latest/captions/*/index.html      what caption.py writes for a folder"
 	@echo "         outputs/latest/curves.png                 losses and scores over the training"
+
+# The same command again skips what is done: trainings that ended, and evaluations newer than the weights.
+study: setup
+	$(BIN)/python train.py -m experiment=size_comparison hydra.sweep.dir=$(STUDY) $(ARGS)
+	@for run in $(STUDY)/[0-9]*; do for split in test irregular; do \
+	    test $$run/eval/$$split/sheet.png -nt $$run/model.safetensors \
+	    || $(BIN)/python eval.py run=$$run split=$$split || exit; \
+	done; done
+	$(BIN)/python -m efficap.evaluation.compare $(STUDY)
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
