@@ -168,12 +168,12 @@ def _axis(panel: Axes, label: str, *, logarithmic: bool = False) -> None:
 
 def _figure(rows: int, columns: int) -> tuple[Figure, list[list[Axes]]]:
     from matplotlib.figure import Figure  # without pyplot: no window system, no global state
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    width = max(
-        9.6, 3.4 * columns
-    )  # all figures about as wide, so that the page shows their words in one size
-    figure = Figure(figsize=(width, 3.2 * rows), dpi=150, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12)  # inches
+    # All figures are about as wide, so that the page shows their words in one size.
+    width = max(9.6, 3.4 * columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)  # inches
+    figure = Figure(figsize=(width, 3.2 * rows), dpi=150, layout=layout)
     return figure, [list(row) for row in figure.subplots(rows, columns, squeeze=False)]
 
 
