@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import torch
 from conftest import compose, write_colour_table, write_random_run
@@ -18,6 +19,8 @@ from transformers import AutoTokenizer
 
 from efficap import Captioner
 from efficap.commands.caption import caption
+from efficap.commands.captioner import _settings_of
+from efficap.commands.entry import CONF
 from efficap.commands.evaluate import evaluate
 from efficap.data.pictures import PictureError
 from efficap.errors import InputError
@@ -193,6 +196,27 @@ def test_a_name_on_the_hub_is_read_from_its_cache(
     (cached / "refs" / "main").write_text("0" * 40)
     again = Captioner.from_pretrained("somebody/colours", cache_dir=tmp_path)
     assert again.caption(pictures) == captioner.caption(pictures)
+
+
+def test_all_that_is_known_of_captions_comes_with_them(captioner: Captioner, pictures: list[Path]) -> None:
+    written = captioner.write(pictures, "beam", num_beams=3, num_return_sequences=2, attention=True)
+    assert [of_picture[0].text for of_picture in written] == captioner.caption(pictures, "beam", num_beams=3)
+    down, across = captioner.grid
+    for one in (one for of_picture in written for one in of_picture):
+        steps = len(one.tokens) - 1
+        assert one.score == pytest.approx(sum(one.token_log_probs) / steps, abs=1e-5)
+        assert one.attention.shape == (steps, down * across)
+        torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(steps))
+
+
+def test_within_a_program_of_hydras_a_decoding_is_found_and_the_program_goes_on(
+    captioner: Captioner, pictures: list[Path]
+) -> None:
+    expected = captioner.caption(pictures, "greedy")
+    _settings_of.cache_clear()
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        assert captioner.caption(pictures, "greedy") == expected
+        assert hydra.compose("caption", ["run=a", "images=b"]).run == "a"
 
 
 def test_a_published_captioner_is_evaluated_on_data_that_is_named(published: Path, folder: Path) -> None:

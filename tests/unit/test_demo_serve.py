@@ -42,6 +42,7 @@ def test_it_listens_to_this_machine_alone_unless_asked(capsys: pytest.CaptureFix
     ],
 )
 def test_a_mistake_is_named(override: str, message: str) -> None:
+    pytest.importorskip("gradio", reason="the demo's packages are not installed: pip install 'efficap[demo]'")
     with pytest.raises(InputError, match=message):
         serve(settings("run=missing", "port=0", override))
 

@@ -239,13 +239,12 @@ def _settings_of(decoding: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def _outside_of_hydra() -> Iterator[None]:
     """The program around may be one of Hydra's, which composes one configuration at a time."""
-    registry = GlobalHydra.instance()
-    around = registry.hydra
-    registry.hydra = None
+    around = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
     try:
         yield
     finally:
-        registry.hydra = around
+        GlobalHydra.instance().hydra = around  # composing may have put another instance in its place
 
 
 def _without_paths(value: Any) -> Any:
