@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 from conftest import tiny_overrides, write_colour_table
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands.entry import _command
@@ -183,7 +184,7 @@ def test_a_sweeps_folder_is_named_by_its_command(monkeypatch: pytest.MonkeyPatch
         return _command()
 
     one = name("-m", "model=small,medium", "data=csv", "data.table=/a b/captions.csv")
-    assert one == "data.table=_a_b_captions.csv_data=csv_model=small,medium"
+    assert one == "data.table-_a_b_captions.csv_data-csv_model-small+medium"
     assert one == name("data.table=/a b/captions.csv", "data=csv", "model=small,medium", "--multirun")
     assert one == name(
         "-m", "model=small,medium", "data=csv", "data.table=/a b/captions.csv", "hydra.verbose=true"
@@ -192,3 +193,12 @@ def test_a_sweeps_folder_is_named_by_its_command(monkeypatch: pytest.MonkeyPatch
     assert len(name(*long)) < 100
     assert name(*long) != name(*long[:-1])
     assert name("-m") == "sweep"
+
+
+def test_hydra_takes_a_sweeps_folder_as_a_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", "-m", "model=small,medium", "+stages.a={x: [1,2]}", "seed=1,2"]
+    )
+    override = OverridesParser.create().parse_override(f"run=outputs/sweeps/{_command()}/0_small-csv")
+    assert override.value() == f"outputs/sweeps/{_command()}/0_small-csv"
+    assert not override.is_sweep_override()

@@ -84,7 +84,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
 def _command() -> str:
     """What the command line changes, as a folder's name: of a sweep, which the same command then finds again."""
     words = sorted(word for word in sys.argv[1:] if not word.startswith(("-", "hydra.", "hydra/")))
-    name = re.sub(r"[^\w.,=+-]+", "_", " ".join(words)) or "sweep"
+    # Hydra takes no path with "=" or "," as it is, such as run=outputs/sweeps/….
+    name = re.sub(r"[^\w.+-]+", "_", " ".join(words).replace("=", "-").replace(",", "+")) or "sweep"
     digest = hashlib.sha256(name.encode()).hexdigest()[:8]
     return name if len(name) <= 100 else f"{name[:90]}_{digest}"
 

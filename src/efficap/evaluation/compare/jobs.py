@@ -56,7 +56,7 @@ def read_jobs(sweep: Path) -> list[Job]:
         InputError: no such folder, no job in it, or a damaged record.
     """
     if not sweep.is_dir():
-        raise InputError(f"{sweep} is no folder; give a sweep's, such as outputs/sweeps/model=small,medium")
+        raise InputError(f"{sweep} is no folder; give a sweep's, such as outputs/sweeps/model-small+medium")
     folders = sorted(
         (folder for folder in sweep.iterdir() if folder.is_dir() and _is_job(folder)), key=_natural
     )
