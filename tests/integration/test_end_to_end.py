@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import compose, tiny_overrides
+from hydra.errors import HydraException
 from PIL import Image
 from safetensors.torch import load_file
 from wandb_files import finished_run
@@ -289,7 +290,14 @@ def test_a_gpt2_with_other_arithmetic_is_refused(colour_table: Path, tmp_path: P
     re.findall(r"`([a-z_.]+=[^`…]+)`", (Path(__file__).parents[2] / "README.md").read_text()),
 )
 def test_every_setting_that_the_readme_names_composes(setting: str) -> None:
-    compose("train", "name=x", "output_dir=o", *setting.split())
+    needed = {"train": ["name=x", "output_dir=o"], "eval": ["run=r"], "caption": ["run=r", "images=i"]}
+    refusals = []
+    for command, given in needed.items():
+        try:
+            compose(command, *given, *setting.split())
+        except HydraException as error:
+            refusals.append(str(error))
+    assert len(refusals) < len(needed), refusals
 
 
 def test_pretrained_parts_come_from_directories(
