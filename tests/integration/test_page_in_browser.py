@@ -13,7 +13,8 @@ from PIL import Image
 
 from efficap.evaluation.page.page import write_page
 from efficap.evaluation.pictures import PictureRecord
-from efficap.evaluation.scores import BLEU_COUNTS, PictureScores
+from efficap.evaluation.scores import PictureScores
+from efficap.evaluation.sums import BLEU_COUNTS
 
 pytestmark = pytest.mark.slow
 

@@ -30,6 +30,7 @@ class DepthwiseConv2d(nn.Conv2d):
             conv.dilation,  # type: ignore[arg-type]
             conv.groups,
             bias=conv.bias is not None,
+            device="meta",  # weights of its own would take random numbers
         )
         self.weight, self.bias = conv.weight, conv.bias
         self.pads_like_tensorflow = isinstance(conv, Conv2dSame)
