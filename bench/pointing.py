@@ -26,14 +26,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import hydra
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from efficap.commands.entry import CONF, plain, tune_process
+from efficap.commands.entry import compose, tune_process
 from efficap.commands.subject import Subject, open_run
 from efficap.data.demo.scenes import COLOURS, SHAPES
 
@@ -72,8 +71,7 @@ def main() -> None:
     parser.add_argument("--rollout", action="store_true", help="follow the attention through the bridge")
     options = parser.parse_args()
     tune_process()
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        subject = open_run(plain(hydra.compose("eval", [f"run={options.run}", f"split={options.split}"])))
+    subject = open_run(compose("eval", f"run={options.run}", f"split={options.split}"))
     boxes = pd.read_csv(Path(subject.data.root) / "boxes.csv")  # type: ignore[attr-defined]
     found, wrong = [], 0
     for naming in namings(subject, options.split, boxes, rollout=options.rollout):

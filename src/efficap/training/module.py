@@ -70,9 +70,8 @@ class CaptionModule(pl.LightningModule):
         self.captioner = captioner
         self.writer = CaptionWriter(captioner, tokenizer, decoding)
         self.optimizer_settings = dict(optimizer)
-        self.clip_value = self.optimizer_settings.pop(
-            "clip_value", None
-        )  # runs from before it was a setting lack it
+        # Runs from before it was a setting lack it.
+        self.clip_value = self.optimizer_settings.pop("clip_value", None)
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
@@ -131,7 +130,7 @@ class CaptionModule(pl.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip each element, then the norm, which is logged; Lightning's own refuses a fused optimiser in bfloat16."""
+        """Clip each element, then the norm, and log that; Lightning refuses a fused optimiser in mixed precision."""
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.captioner.parameters(), self.clip_value)
         if gradient_clip_val:
