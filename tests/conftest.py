@@ -51,6 +51,7 @@ def tiny_model(**changes: Any) -> dict[str, Any]:
             "weights_file": None,
             "frozen": False,
             "drop_path_rate": 0.0,
+            "output_stride": 32,
             "mean": [0.5, 0.5, 0.5],
             "std": [0.5, 0.5, 0.5],
             "interpolation": "bicubic",

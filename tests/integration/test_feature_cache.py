@@ -168,6 +168,7 @@ def test_a_picture_written_anew_with_the_same_size_is_seen_by_its_time(
     [
         ("seed=0", 1),
         ("model.image_size=96", 0),
+        ("model.encoder.output_stride=16", 0),
         ("model.encoder.crop_pct=0.9", 0),
         ("model.encoder.interpolation=bilinear", 0),
         ("model.encoder.mean=[0.4,0.5,0.5]", 0),

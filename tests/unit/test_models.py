@@ -255,6 +255,23 @@ def test_positions_are_interpolated_to_another_picture_size(captioner: CaptionMo
     assert captioner.encode(random_images(1, size=96)).shape == (1, 9, 32)
 
 
+@pytest.mark.parametrize(("stride", "step"), [(16, 2), (8, 4)])
+def test_a_finer_latent_map_has_the_positions_of_the_coarse_one_and_those_between(
+    stride: int, step: int
+) -> None:
+    coarse = build_model(tiny_model(), VOCAB).encoder.eval()
+    fine = build_model(tiny_model(encoder__output_stride=stride), VOCAB).encoder.eval()
+    fine.load_state_dict(coarse.state_dict())
+    for module in (*coarse.modules(), *fine.modules()):
+        if hasattr(module, "se"):
+            module.se = torch.nn.Identity()  # it sees the whole map, which is another one
+    images = torch.randint(0, 256, (2, 3, 96, 96), dtype=torch.uint8)
+    features = fine(images)
+    assert features.shape[-2:] == (3 * step, 3 * step)
+    assert torch.allclose(features[..., ::step, ::step], coarse(images), atol=1e-6)
+    assert not torch.allclose(features[..., 1::step, ::step], coarse(images), atol=1e-3)
+
+
 def test_interpolated_positions_keep_a_linear_ramp() -> None:
     bridge = Bridge(channels=8, grid=(8, 8), width=4, n_blocks=0, n_heads=1, dropout=0.0)
     ramp = torch.arange(8.0).repeat_interleave(8)[:, None].expand(64, 4)
@@ -273,6 +290,7 @@ def test_preprocessing_comes_from_the_weights_not_from_the_name() -> None:
     ("changes", "message"),
     [
         ({"image_size": 16}, "model.image_size=16 must be at least 32"),
+        ({"encoder__output_stride": 12}, "model.encoder.output_stride=12 pixels must be one of 32, 16, 8"),
         ({"bridge__n_heads": 5}, "model.bridge.n_heads=5 must divide .*model.decoder.n_embd=32"),
         ({"decoder__n_head": 3}, "model.decoder.n_head=3 must divide model.decoder.n_embd=32"),
         (

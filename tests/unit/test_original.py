@@ -151,7 +151,12 @@ def test_kerass_efficientnet_gives_the_same_feature_map(keras: dict[str, np.ndar
     architecture, state = efficientnet_state_dict(keras_weights(keras))
     assert architecture == "tf_efficientnetv2_s"
     encoder = ImageEncoder(
-        name=architecture, image_size=64, frozen=False, drop_path_rate=0.0, **mean_and_std(architecture)
+        name=architecture,
+        image_size=64,
+        frozen=False,
+        drop_path_rate=0.0,
+        output_stride=32,
+        **mean_and_std(architecture),
     ).eval()
     encoder.backbone.load_state_dict(state)
     features = encoder(torch.from_numpy(keras["images"]).permute(0, 3, 1, 2))  # (B, C, h, w)

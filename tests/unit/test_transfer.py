@@ -10,6 +10,7 @@ from conftest import tiny_model
 from torch import Tensor
 
 from efficap.errors import InputError
+from efficap.models.bridge import interpolated
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.transfer import Transfer, transfer_weights
@@ -32,11 +33,9 @@ def captioner(seed: int, vocab_size: int = VOCAB, **changes: Any) -> CaptionMode
     return model
 
 
-def transferred(
-    old: CaptionModel, new: CaptionModel, rows: list[int] | None = None, size: int = 64
-) -> Transfer:
+def transferred(old: CaptionModel, new: CaptionModel, rows: list[int] | None = None) -> Transfer:
     return transfer_weights(
-        new, old.state_dict(), image_size=size, rows=list(range(VOCAB)) if rows is None else rows
+        new, old.state_dict(), grid=old.encoder.grid, rows=list(range(VOCAB)) if rows is None else rows
     )
 
 
@@ -62,6 +61,13 @@ def test_larger_pictures_give_what_the_run_would_give_for_them(arithmetic: str) 
     assert transfer.resized["bridge.positions.weight"] == f"{4 + edges} to {9 + edges} rows, interpolated"
     images, tokens = pictures(96), torch.randint(0, VOCAB, (2, 3, 7))
     assert torch.equal(old(images, tokens), new(images, tokens))  # the run interpolates at each picture
+
+
+@torch.no_grad()
+def test_a_finer_map_starts_from_interpolated_positions() -> None:
+    old, new = captioner(0), captioner(1, encoder__output_stride=16)
+    assert transferred(old, new).resized == {"bridge.positions.weight": "4 to 16 rows, interpolated"}
+    assert torch.equal(new.bridge.positions.weight, interpolated(old.bridge.positions.weight, (2, 2), (4, 4)))
 
 
 @torch.no_grad()

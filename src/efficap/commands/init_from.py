@@ -10,6 +10,7 @@ from rich.table import Table
 
 from efficap.commands.run_dir import RunDirectory
 from efficap.errors import InputError
+from efficap.models.build import output_stride
 from efficap.models.captioner import CaptionModel
 from efficap.models.transfer import Transfer, transfer_weights
 from efficap.models.weights import WEIGHTS_FILE, read_weights
@@ -18,7 +19,14 @@ from efficap.tokenizer import CaptionTokenizer
 # What neither the weights nor the pictures depend on.
 _FREE = {"encoder.frozen", "encoder.drop_path_rate", "bridge.dropout", "decoder.dropout"}
 # What the weights can be fitted to.
-_FITTED = {"image_size", "bridge.n_blocks", "decoder.n_positions", "tokenizer.name", "tokenizer.vocab_size"}
+_FITTED = {
+    "image_size",
+    "encoder.output_stride",
+    "bridge.n_blocks",
+    "decoder.n_positions",
+    "tokenizer.name",
+    "tokenizer.vocab_size",
+}
 
 
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
@@ -32,6 +40,7 @@ def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
         InputError: the command line asks for another model.
     """
     theirs, ours = _leaves(run.config["model"]), _leaves(cfg["model"])
+    theirs.setdefault("encoder.output_stride", output_stride(run.config["model"]))
     model: dict[str, Any] = dict(theirs)
     for key in filter(_is_said, theirs.keys() & ours.keys()):
         if key in _FREE | _FITTED or key.startswith("lr."):
@@ -65,10 +74,10 @@ def load_from(run: RunDirectory, captioner: CaptionModel, tokenizer: CaptionToke
             f"init_from={run.path} holds no {WEIGHTS_FILE}: training writes it at its first validation"
         )
     rows = tokenizer.ids_in(run.tokenizer())
+    model = run.config["model"]
+    side = -(-model["image_size"] // output_stride(model))
     try:
-        transfer = transfer_weights(
-            captioner, read_weights(file), image_size=run.config["model"]["image_size"], rows=rows
-        )
+        transfer = transfer_weights(captioner, read_weights(file), grid=(side, side), rows=rows)
     except InputError as error:
         raise InputError(f"init_from={run.path}: {error}") from error
     _print_transfer(run, transfer)

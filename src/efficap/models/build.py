@@ -45,13 +45,20 @@ def preprocessing(model: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def output_stride(model: dict[str, Any]) -> int:
+    """Pixels of a side that a latent position of a model stands for."""
+    stride: int = model["encoder"].get("output_stride", 32)  # runs from before there was a choice lack it
+    return stride
+
+
 def build_model(model: dict[str, Any], vocab_size: int) -> CaptionModel:
     """A captioner with fresh weights from a resolved model configuration (see `resolve_model`)."""
     encoder, decoder = model["encoder"], model["decoder"]
     return CaptionModel(
         image_size=model["image_size"],
         vocab_size=vocab_size,
-        encoder={key: encoder[key] for key in ("name", "mean", "std", "frozen", "drop_path_rate")},
+        encoder={key: encoder[key] for key in ("name", "mean", "std", "frozen", "drop_path_rate")}
+        | {"output_stride": output_stride(model)},
         bridge={key: model["bridge"][key] for key in ("n_blocks", "n_heads", "dropout")},
         decoder={key: decoder[key] for key in (*GPT2_SIZES, "dropout")},
         arithmetic=model.get("arithmetic", "gpt2"),  # runs from before there was a choice lack it

@@ -20,6 +20,7 @@ from efficap.hub import hub_files
 from efficap.models.depthwise import use_float32_gradients
 
 MIN_IMAGE_SIZE = 32  # one position of a stride-32 feature map
+OUTPUT_STRIDES = (32, 16, 8)
 _WAY_OUT = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
 
 
@@ -85,9 +86,11 @@ class ImageEncoder(nn.Module):
         mean, std: per channel, of pictures scaled to 0 … 1.
         frozen: no gradients, and BatchNorm keeps the statistics of its weights.
         drop_path_rate: stochastic depth (Huang et al., 2016), 0 … 1.
+        output_stride: pixels of a side that a latent position stands for: 32, or 16 or 8 for a finer map, whose last
+            convolutions are then dilated (Yu and Koltun, 2016) so that the same weights fit.
 
     Raises:
-        InputError: an unknown name or a picture size below 32.
+        InputError: an unknown name, a picture size below 32, or another stride.
     """
 
     backbone: Any  # timm has no types
@@ -103,14 +106,23 @@ class ImageEncoder(nn.Module):
         std: tuple[float, float, float],
         frozen: bool,
         drop_path_rate: float,
+        output_stride: int,
     ) -> None:
         super().__init__()
         if image_size < MIN_IMAGE_SIZE:
             raise InputError(
                 f"model.image_size={image_size} must be at least {MIN_IMAGE_SIZE} pixels, one latent position"
             )
+        if output_stride not in OUTPUT_STRIDES:
+            raise InputError(f"model.encoder.output_stride={output_stride} pixels must be one of 32, 16, 8")
         _check_name(name)
-        self.backbone = timm.create_model(name, num_classes=0, global_pool="", drop_path_rate=drop_path_rate)
+        self.backbone = timm.create_model(
+            name,
+            num_classes=0,
+            global_pool="",
+            drop_path_rate=drop_path_rate,
+            output_stride=output_stride,
+        )
         use_float32_gradients(self.backbone)
         self.backbone.to(memory_format=torch.channels_last)
         self.frozen = False

@@ -37,14 +37,14 @@ class Transfer:
 
 
 def transfer_weights(
-    captioner: CaptionModel, weights: Mapping[str, Tensor], *, image_size: int, rows: Sequence[int]
+    captioner: CaptionModel, weights: Mapping[str, Tensor], *, grid: tuple[int, int], rows: Sequence[int]
 ) -> Transfer:
     """Load a run's weights, those of another size resized; more blocks than it had change nothing at first.
 
     Args:
         captioner: with fresh weights.
         weights: the run's.
-        image_size: of the run, pixels.
+        grid: (h, w) of the run's latent positions.
         rows: for each of the captioner's V words the run's row for it, -1 where it had none.
 
     Raises:
@@ -52,10 +52,9 @@ def transfer_weights(
     """
     fitted, transfer = dict(weights), Transfer()
     own = captioner.state_dict()
-    side = -(-image_size // captioner.encoder.reduction)
     if own.keys() & weights.keys() & {_LATENT, _POSITIONS, _WORDS} == {_LATENT, _POSITIONS, _WORDS}:
         for name, value, how in (
-            (_LATENT, _latent(weights[_LATENT], (side, side), captioner.encoder.grid), "interpolated"),
+            (_LATENT, _latent(weights[_LATENT], grid, captioner.encoder.grid), "interpolated"),
             (_POSITIONS, _positions(weights[_POSITIONS], own[_POSITIONS]), "the first ones kept"),
             (_WORDS, _words(weights[_WORDS], own[_WORDS], rows), "by their tokens"),
         ):

@@ -27,7 +27,7 @@ from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
 from efficap.models.encoder import ImageEncoder
 
-VERSION = 1  # another one for other maps of the same weights and settings
+VERSION = 2  # another one for other maps of the same weights and settings
 
 Pictures = list[tuple[Path, Stamp | None]]
 
@@ -95,7 +95,9 @@ def cache_features(
 def encoder_digest(encoder: ImageEncoder, name: str, preprocessing: Mapping[str, Any]) -> str:
     """16 hexadecimal digits of all that a feature map depends on but its picture."""
     digest = hashlib.blake2b(digest_size=8)
-    digest.update(json.dumps([VERSION, name, dict(preprocessing)], sort_keys=True).encode())
+    digest.update(
+        json.dumps([VERSION, name, encoder.reduction, dict(preprocessing)], sort_keys=True).encode()
+    )
     for key, value in {**encoder.state_dict(), "mean": encoder.mean, "std": encoder.std}.items():
         digest.update(f"{key} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
