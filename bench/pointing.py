@@ -35,6 +35,7 @@ from rich.table import Table
 from efficap.commands.entry import compose, tune_process
 from efficap.commands.subject import Subject, open_run
 from efficap.data.demo.scenes import COLOURS, SHAPES
+from efficap.training.writer import words_of
 
 SIDE = 128  # places a side that a word can point at
 NAMES = {name: ("colour", name) for name in COLOURS} | {
@@ -104,7 +105,7 @@ def namings(subject: Subject, split: str, boxes: pd.DataFrame, *, rollout: bool)
         written = subject.writer.write(images, image_ids, attention=True, by_head=True, rollout=rollout)
         for image_id, (caption, *_) in zip(image_ids, written, strict=True):
             things = of_picture[image_id]
-            for word in subject.writer.words(caption):
+            for word in words_of(caption, subject.writer.tokenizer):
                 kind, name = NAMES.get(word.text.strip().lower(), ("", ""))
                 if not kind:
                     continue

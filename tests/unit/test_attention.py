@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.original import OriginalBridge
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.writer import CaptionWriter
+from efficap.training.writer import CaptionWriter, words_of
 
 TOKENIZER = CaptionTokenizer.learn(["a red picture", "all of it is green"] * 2, vocab_size=280)
 RED = np.zeros((4, 4), np.float32)
@@ -83,7 +84,7 @@ def test_a_words_attention_is_the_mean_of_its_tokens_and_its_probability_their_p
     for by_head in (False, True):
         written = writer.write(images, ["a", "b"], attention=True, by_head=by_head, rollout=True)
         for caption, *_ in written:
-            words = writer.words(caption)
+            words = words_of(caption, TOKENIZER)
             assert "".join(word.text for word in words) == caption.text
             for word, (_, places) in zip(words, TOKENIZER.words(caption.tokens[1:]), strict=True):
                 rows = caption.attention[..., places, :]  # (…, tokens, N)
@@ -93,6 +94,12 @@ def test_a_words_attention_is_the_mean_of_its_tokens_and_its_probability_their_p
                 assert word.attention.shape == ((2, 4, 2, 2) if by_head else (2, 2))
                 product = math.prod(math.exp(caption.token_log_probs[place + 1]) for place in places)
                 assert word.probability == pytest.approx(product)
+            [first, *_] = words_of(replace(caption, attention=None), TOKENIZER)
+            assert (first.text, first.probability, first.attention) == (
+                words[0].text,
+                words[0].probability,
+                None,
+            )
 
 
 def test_what_the_model_sees_is_the_square_in_the_middle() -> None:

@@ -28,7 +28,7 @@ from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import Decoding, build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing
-from efficap.training.writer import CaptionWriter
+from efficap.training.writer import CaptionWriter, words_of
 
 
 def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
@@ -132,7 +132,7 @@ def _caption_files(
             for loaded in loader:
                 batch = []
                 for name, captions, error in writer.write_loaded(loaded, device, **looking):
-                    words = writer.words(captions[0]) if captions and looking else []
+                    words = words_of(captions[0], writer.tokenizer) if captions and looking else []
                     captions = [replace(written, attention=None) for written in captions]  # the words have it
                     batch.append(CaptionedFile(Path(name), captions, error, words))
                     bar.count_picture(1)

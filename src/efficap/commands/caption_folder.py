@@ -180,7 +180,7 @@ def _line(result: CaptionedFile) -> bytes:
             {
                 "text": word.text,
                 "probability": _rounded(word.probability),
-                "attention": _rounded(word.attention.tolist()),
+                "attention": None if word.attention is None else _rounded(word.attention.tolist()),
             }
             for word in result.words
         ]

@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from efficap.data.pictures import PictureError
 from efficap.demo.batching import OverloadError
 from efficap.demo.service import Captioned, CaptionService
-from efficap.demo.words import Word
 from efficap.errors import InputError
+from efficap.evaluation.attention import Word
 
 
 class Question(BaseModel):
@@ -51,7 +51,7 @@ class Question(BaseModel):
 
 
 class AnswerWord(BaseModel):
-    """A word of a caption."""
+    """A word of a caption, or a mark such as a comma."""
 
     text: str
     probability: float = Field(description="0 … 1, after the words before it")
@@ -185,4 +185,4 @@ def _answer(found: Captioned) -> Answer:
 
 def _word(word: Word) -> AnswerWord:
     look = None if word.attention is None else word.attention.tolist()
-    return AnswerWord(text=word.text, probability=word.probability, attention=look)
+    return AnswerWord(text=word.text.strip(), probability=word.probability, attention=look)

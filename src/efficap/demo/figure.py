@@ -9,12 +9,13 @@ import base64
 import io
 from html import escape
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from efficap.demo.service import Captioned
-from efficap.demo.words import Word
+from efficap.evaluation.attention import Word
 
 _SHADE = (214, 39, 40)  # of the places looked at
 _MOST = 0.75  # how opaque the place is that was looked at most
@@ -38,7 +39,7 @@ def figure(found: Captioned) -> str:
     for caption, words in zip(found.captions, found.words, strict=True):
         cut = "" if caption.ended else ", cut at max_tokens"
         lines.append(
-            f'<p dir="auto">{" ".join(map(_word, words))}<small>score {caption.score:.2f}{cut}</small></p>'
+            f'<p dir="auto">{"".join(map(_word, words))}<small>score {caption.score:.2f}{cut}</small></p>'
         )
     return (
         f'<div class="seen"><img alt="what the model saw" src="{_jpeg(found.square)}">{"".join(lines)}</div>'
@@ -49,16 +50,18 @@ def _word(word: Word) -> str:
     shade = f"background: rgb(31 119 180 / {0.55 * (1 - word.probability):.2f})"  # the less likely the darker
     title = f"{word.probability:.1%}"
     look = "" if word.attention is None else f'<img alt="" src="{_map(word.attention)}">'
-    return f'<span class="word" tabindex="0" title="{title}" style="{shade}">{escape(word.text)}{look}</span>'
+    space = " " if word.text[:1].isspace() else ""
+    text = escape(word.text.strip())
+    return f'{space}<span class="word" tabindex="0" title="{title}" style="{shade}">{text}{look}</span>'
 
 
-def _map(attention: Tensor) -> str:
+def _map(attention: NDArray[np.float32]) -> str:
     """A picture of one pixel for each latent position, which the browser makes larger; the more opaque the more."""
-    share = attention / attention.max().clamp(min=1e-9)  # (h, w)
-    pixels = torch.empty(*share.shape, 4, dtype=torch.uint8)  # (h, w, RGBA)
-    pixels[..., :3] = torch.tensor(_SHADE, dtype=torch.uint8)
-    pixels[..., 3] = (share * _MOST * 255).round().to(torch.uint8)
-    return _data(Image.fromarray(pixels.numpy(), "RGBA"), "PNG")
+    share = attention / max(float(attention.max()), 1e-9)  # (h, w)
+    pixels = np.empty((*share.shape, 4), np.uint8)  # (h, w, RGBA)
+    pixels[..., :3] = _SHADE
+    pixels[..., 3] = np.round(share * _MOST * 255)
+    return _data(Image.fromarray(pixels, "RGBA"), "PNG")
 
 
 def _jpeg(square: Tensor) -> str:

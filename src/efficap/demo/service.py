@@ -24,9 +24,9 @@ from efficap.data.pictures import Picture
 from efficap.data.transforms import Resized
 from efficap.decoding import build_decoding
 from efficap.demo.batching import BatchQueue
-from efficap.demo.words import Word, words_of
 from efficap.errors import InputError
-from efficap.training.writer import CaptionWriter, WrittenCaption
+from efficap.evaluation.attention import Word
+from efficap.training.writer import CaptionWriter, WrittenCaption, words_of
 
 FORMATS = (
     "JPEG",
@@ -197,7 +197,7 @@ class CaptionService:
         found = []
         for run, square, captions in zip(runs, squares, written, strict=True):
             captioner = self.captioners[run]
-            words = [words_of(caption, captioner.tokenizer, captioner.grid) for caption in captions]
+            words = [words_of(caption, captioner.tokenizer) for caption in captions]
             cut = captioner.cut(*picture)
             found.append(Captioned(run, *picture, cut, square, captions, words))
         return found

@@ -22,16 +22,18 @@ class Word:
     Attributes:
         text: with the space before it.
         probability: that the model gave it after the words before, 0 … 1.
-        attention: (h, w), how much the model looked at each position as it wrote it; or (L, H, h, w).
+        attention: (h, w), how much the model looked at each position as it wrote it; or (L, H, h, w); None
+            where that was not asked for.
     """
 
     text: str
     probability: float
-    attention: NDArray[np.float32]
+    attention: NDArray[np.float32] | None
 
     @property
     def mean_attention(self) -> NDArray[np.float32]:
         """(h, w), the mean over layers and heads."""
+        assert self.attention is not None
         return self.attention.reshape(-1, *self.attention.shape[-2:]).mean(axis=0)
 
 

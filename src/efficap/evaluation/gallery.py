@@ -132,8 +132,9 @@ def caption_of_words(image: Path | Image.Image, words: Sequence[Word], crop: flo
         picture = load_picture(image, THUMBNAIL)
     except UNREADABLE:
         picture = None
-    shape = words[0].attention.shape
-    room = 100 * shape[0] / shape[1] if len(shape) == 4 else 0  # for the heads, in % of the width
+    first = words[0].attention
+    assert first is not None
+    room = 100 * first.shape[0] / first.shape[1] if first.ndim == 4 else 0  # for the heads, in % of the width
     inside = "".join(_word(word, picture, crop) for word in words)
     return f'<p class="caption" dir="auto" style="margin-bottom:{room:.0f}%">{inside}</p>'
 
@@ -145,7 +146,7 @@ def _word(word: Word, picture: Image.Image | None, crop: float) -> str:
         quarter = max(1, picture.width // 4), max(1, picture.height // 4)  # enlarged again, it stays smooth
         over = shade(word.mean_attention, quarter, crop)
         looks = f'<img class="look" alt="" src="{_inlined(over, "PNG")}">'
-        if word.attention.ndim == 4:
+        if word.attention is not None and word.attention.ndim == 4:
             heads = shade_heads(word.attention, picture.crop(central_square(*picture.size, crop)))
             looks += f'<img class="heads" alt="" src="{_inlined(heads, "JPEG")}">'
     return (

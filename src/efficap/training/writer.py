@@ -146,24 +146,6 @@ class CaptionWriter:
         for name, pixels, error in loaded:
             yield name, [] if pixels is None else next(written), error
 
-    def words(self, written: WrittenCaption) -> list[Word]:
-        """The words of a caption that was written with its attention.
-
-        A word in several tokens is as probable as all of them together, and looked where they did in the mean.
-        """
-        assert written.attention is not None
-        attention = written.attention.unflatten(
-            -1, (math.isqrt(written.attention.shape[-1]), -1)
-        )  # (…, T - 1, h, w)
-        return [
-            Word(
-                text,
-                math.exp(sum(written.token_log_probs[place + 1] for place in places)),
-                attention[..., places, :, :].mean(dim=-3).numpy(),
-            )
-            for text, places in self.tokenizer.words(written.tokens[1:])
-        ]
-
     def _write(
         self, images: Tensor, image_ids: list[str], attention: bool, by_head: bool, rollout: bool
     ) -> list[list[WrittenCaption]]:
@@ -212,6 +194,24 @@ class CaptionWriter:
         if self.on_encoded and isinstance(state, DecodingState | FixedDecodingState):
             self.on_encoded(image_ids, state.memory)
         return state
+
+
+def words_of(written: WrittenCaption, tokenizer: CaptionTokenizer) -> list[Word]:
+    """The words of a caption, with where the model looked if it was written with its attention.
+
+    A word in several tokens is as probable as all of them together, and looked where they did in the mean.
+    """
+    attention = written.attention
+    if attention is not None:
+        attention = attention.unflatten(-1, (math.isqrt(attention.shape[-1]), -1))  # (…, T - 1, h, w)
+    return [
+        Word(
+            text,
+            math.exp(sum(written.token_log_probs[place + 1] for place in places)),
+            None if attention is None else attention[..., places, :, :].mean(dim=-3).numpy(),
+        )
+        for text, places in tokenizer.words(written.tokens[1:])
+    ]
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:
