@@ -22,6 +22,7 @@ BENCHES = {
     "data": ["--short"],
     "data_memory": ["--short"],
     "decode": ["--short"],
+    "linear": [],
     "train_step": ["--short"],
     "feature_cache": ["--short"],
     "export": ["--short"],

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficap.errors import InputError
+from efficap.models.linear import Linear
 
 
 class Bridge(nn.Module):
@@ -46,7 +47,7 @@ class Bridge(nn.Module):
         super().__init__()
         self.grid = grid
         self.norm_in = nn.LayerNorm(channels)
-        self.project = nn.Linear(channels, width)
+        self.project = Linear(channels, width)
         self.positions = nn.Embedding(grid[0] * grid[1], width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(BridgeBlock(width, n_heads, dropout) for _ in range(n_blocks))
@@ -112,10 +113,10 @@ class BridgeBlock(nn.Module):
             )
         self.n_heads = n_heads
         self.norm_1 = nn.LayerNorm(width, layer_norm_epsilon)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.attention_out = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.attention_out = Linear(width, width)
         self.norm_2 = nn.LayerNorm(width, layer_norm_epsilon)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(Linear(width, 4 * width), nn.GELU(), Linear(4 * width, width))
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from efficap.errors import InputError
 from efficap.models.cache import DecodingCache, KeyValue
+from efficap.models.linear import Linear, linear
 from efficap.models.packing import Packing
 
 
@@ -136,7 +137,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (…, D) hidden states to (…, V) logits by the tied embedding."""
-        return F.linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight)
 
     def step(self, ids: Tensor, cache: DecodingCache) -> Tensor:
         """Feed each row's newest token, (R,), for which `cache` has room; returns the (R, V) logits of the next one."""
@@ -174,8 +175,8 @@ class SelfAttention(nn.Module):
     def __init__(self, layer: int, n_embd: int, n_head: int, dropout: float, empty_slot: bool) -> None:
         super().__init__()
         self.layer, self.n_head, self.dropout, self.empty_slot = layer, n_head, dropout, empty_slot
-        self.c_attn = nn.Linear(n_embd, 3 * n_embd)
-        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.c_attn = Linear(n_embd, 3 * n_embd)
+        self.c_proj = Linear(n_embd, n_embd)
         self.resid_dropout = nn.Dropout(dropout)
 
     def forward(
@@ -208,9 +209,9 @@ class CrossAttention(nn.Module):
     def __init__(self, n_embd: int, n_head: int, dropout: float) -> None:
         super().__init__()
         self.n_head, self.dropout = n_head, dropout
-        self.q_attn = nn.Linear(n_embd, n_embd)
-        self.c_attn = nn.Linear(n_embd, 2 * n_embd)
-        self.c_proj = nn.Linear(n_embd, n_embd)
+        self.q_attn = Linear(n_embd, n_embd)
+        self.c_attn = Linear(n_embd, 2 * n_embd)
+        self.c_proj = Linear(n_embd, n_embd)
         self.resid_dropout = nn.Dropout(dropout)
 
     def project(self, memory: Tensor) -> KeyValue:
@@ -242,8 +243,8 @@ class GPT2MLP(nn.Module):
     def __init__(self, n_embd: int, dropout: float, activation: str) -> None:
         super().__init__()
         self.approximate = {"gelu_new": "tanh", "gelu": "none"}[activation]
-        self.c_fc = nn.Linear(n_embd, 4 * n_embd)
-        self.c_proj = nn.Linear(4 * n_embd, n_embd)
+        self.c_fc = Linear(n_embd, 4 * n_embd)
+        self.c_proj = Linear(4 * n_embd, n_embd)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from efficap.errors import InputError
 from efficap.models.bridge import BridgeBlock, interpolated, rolled_out
+from efficap.models.linear import Linear
 
 _LAYER_NORM_EPSILON = 1e-10
 _GROUPS = 32
@@ -54,7 +55,7 @@ class OriginalBridge(nn.Module):
             )
         self.grid = grid
         self.norm_in = nn.GroupNorm(_GROUPS, channels, eps=1e-3)
-        self.project = nn.Linear(channels, width)
+        self.project = Linear(channels, width)
         self.positions = nn.Embedding(grid[0] * grid[1] + 2, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(

@@ -9,13 +9,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
+from efficap.models.linear import linear
 from efficap.training.augment import drop_tokens
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
@@ -93,7 +93,7 @@ class _SummedCrossEntropy(Function):
         for h, t in zip(
             *(x.split(max(1, LOGITS_AT_ONCE // len(head))) for x in (hidden, targets)), strict=True
         ):
-            z = F.linear(h, weight).float()  # (c, V)
+            z = linear(h, weight).float()  # (c, V)
             log_sums = z.logsumexp(dim=1, keepdim=True)  # (c, 1)
             of_target = z.gather(1, t[:, None])  # (c, 1)
             total += (log_sums - (1 - smoothing) * of_target).sum()
@@ -104,8 +104,8 @@ class _SummedCrossEntropy(Function):
             z.sub_(log_sums).exp_().sub_(smoothing / len(head))
             z.scatter_add_(1, t[:, None], z.new_full((len(t), 1), smoothing - 1))
             slope = z.to(hidden.dtype)  # (c, V), of the loss by the logits
-            of_hidden.append(slope @ weight)
-            part = slope.T @ h  # (V, D)
+            of_hidden.append(linear(slope, weight.T))
+            part = linear(slope.T, h.T)  # (V, D)
             of_head = part.to(head.dtype) if of_head is None else of_head.add_(part)
         if of_head is not None:
             ctx.save_for_backward(torch.cat(of_hidden), of_head)

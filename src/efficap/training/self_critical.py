@@ -21,6 +21,7 @@ from efficap.decoding import Decoded, Decoding, Greedy, Nucleus
 from efficap.errors import InputError
 from efficap.evaluation.cider_d import CiderD
 from efficap.models.captioner import CaptionModel, DecodingState
+from efficap.models.linear import linear
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import CaptionModule
 
@@ -224,7 +225,7 @@ def self_critical_loss(
         advantages: (m,) float32, the sample's reward less the baseline.
         temperature: that the samples were drawn at.
     """
-    logits = F.linear(hidden, head).float() / temperature  # (m, V)
+    logits = linear(hidden, head).float() / temperature  # (m, V)
     return (advantages * F.cross_entropy(logits, targets, reduction="none")).mean()
 
 

@@ -1,0 +1,75 @@
+"""Float32 matrix products by oneDNN, on the CPUs for which torch's own way of computing them is slow.
+
+torch leaves these products to MKL, which on AMD's processors makes no use of AVX-512; oneDNN, which torch has for its
+convolutions, was seen to be twice as fast there (docs/benchmarks.md). bfloat16 and GPUs are well served by torch.
+
+R rows, I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+class Linear(nn.Linear):
+    """torch's linear layer, with `linear`'s arithmetic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(…, I) -> (…, O)."""
+        return linear(x, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(…, I) with an (O, I) weight -> (…, O), as `torch.nn.functional.linear` to float32's rounding."""
+    if not (_is_float32_on_cpu(x) and mkl_is_slow() and x.numel()):
+        return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        y: Tensor = _Linear.apply(x, weight, bias)
+        return y
+    return product(x, weight, bias)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`linear` by oneDNN, without a gradient; strides do not matter."""
+    # torch's compiler writes calls of this operator; it has no other name.
+    y: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return y
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether this is a processor of AMD with AVX-512 and a torch that has what `product` calls."""
+    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if not (has_operator and hasattr(torch.cpu, "get_capabilities")):  # an older torch
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return str(capabilities.get("cpu_name", "")).startswith("AMD") and bool(capabilities.get("avx512_f"))
+
+
+def _is_float32_on_cpu(x: Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    return x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+
+
+class _Linear(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        of_x = product(gradient, weight.T) if ctx.needs_input_grad[0] else None  # (…, I)
+        rows = gradient.flatten(0, -2)  # (R, O)
+        of_weight = product(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None  # (O, I)
+        return of_x, of_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
