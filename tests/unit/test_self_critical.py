@@ -248,11 +248,13 @@ def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTo
 )
 def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        check_objective({"objective": "scst", "ema_decay": None, **SCST, **changes}, frozen=False)
+        check_objective(
+            {"objective": "scst", "ema_decay": None, "max_bad_steps": 10, **SCST, **changes}, frozen=False
+        )
 
 
 def test_a_missing_setting_names_its_default() -> None:
     with pytest.raises(
         InputError, match=r"training.label_smoothing is missing; conf/training/cross_entropy.yaml"
     ):
-        check_objective({"objective": "cross_entropy", "ema_decay": None}, frozen=False)
+        check_objective({"objective": "cross_entropy", "ema_decay": None, "max_bad_steps": 10}, frozen=False)

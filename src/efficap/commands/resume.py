@@ -19,7 +19,17 @@ from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, stage_of
 from efficap.training.progress import METRICS_FILE
 
 # What the next step does not depend on, or what says when training ends.
-_MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "data.num_workers", "callbacks.")
+_MAY_CHANGE = (
+    "resume",
+    "trainer.",
+    "checkpoint.",
+    "logger",
+    "data.num_workers",
+    "callbacks.",
+    "data.read_timeout",
+    "training.max_bad_steps",
+    "gradient_checkpointing",
+)
 # What tells a training from itself when it is started again.
 _NOT_COMPARED = ("resume", "output_dir")
 

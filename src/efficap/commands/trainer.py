@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import Logger
 
 from efficap.data.module import CaptionData
 from efficap.errors import InputError
+from efficap.training.bad_steps import BadSteps
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
 from efficap.training.checkpoints import ResumePoint
 from efficap.training.ema import ExponentialMovingAverage
@@ -86,12 +87,15 @@ def build_callbacks(
 ) -> list[Callback]:
     stage, pictures = metrics.stage, functools.partial(data.picture, "val")
     callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
+    resume_point = ResumePoint(run_dir, stage, seed=cfg["seed"], **cfg["checkpoint"])
+    bad_steps = BadSteps(run_dir, metrics, resume_point, max_bad_steps=cfg["training"]["max_bad_steps"])
     if cfg["training"]["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
     return [
         *callbacks,
+        bad_steps,
         metrics,
         SampleCaptions(run_dir, pictures, first_step=stage.steps),
-        ResumePoint(run_dir, stage, seed=cfg["seed"], **cfg["checkpoint"]),  # after what counts the step
+        resume_point,  # after what counts the step
         BestCheckpoint(run_dir),
     ]

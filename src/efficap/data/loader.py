@@ -25,6 +25,8 @@ class Placed(Protocol):
 
     place: Place
 
+    def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]: ...
+
 
 class CheckedLoader:
     """Batches whose bad samples are counted; too many of them are an `InputError`.

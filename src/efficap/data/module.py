@@ -60,6 +60,15 @@ class CaptionData(pl.LightningDataModule, ABC):
         epoch = self.first_epoch + (self.trainer.current_epoch if self.trainer else 0)
         return place if place is not None and place[0] == epoch else (epoch, 0)
 
+    def training_batch(self, epoch: int, first: int, image_ids: list[str]) -> CaptionBatch:
+        """A batch of the training once more: of `epoch`, its batch `first` or the next one of these pictures.
+
+        What the training itself reads at the time is broken off.
+        """
+        assert self._training is not None
+        batches = self._training.of_epoch(epoch, first)
+        return next(batch for batch in batches if batch.image_ids == image_ids)
+
     @abstractmethod
     def training_captions(self) -> Iterable[str]:
         """Captions to learn a tokenizer from."""
@@ -134,6 +143,7 @@ class CaptionDataModule(CaptionData):
         text: keyword arguments of `CaptionText`.
         on_bad_sample, max_bad_fraction: see `BadSamples`.
         max_pixels: larger pictures are bad samples.
+        read_timeout: seconds after which a file that is still being read is a bad sample; None: never.
         feature_cache: whether training is to read feature maps of a frozen encoder; for tables alone.
         feature_cache_dir: where such maps are kept; None: beside the table.
         seed: of order, crops and the choice of captions.
@@ -165,6 +175,7 @@ class CaptionDataModule(CaptionData):
         feature_cache: bool,
         feature_cache_dir: str | None,
         seed: int,
+        read_timeout: float | None = None,  # the runs of earlier versions do not have it
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -176,6 +187,8 @@ class CaptionDataModule(CaptionData):
         ):
             if value is not None and value < least:
                 raise InputError(f"data.{name}={value} must be at least {least}")
+        if read_timeout is not None and not read_timeout > 0:
+            raise InputError(f"data.read_timeout={read_timeout} must be above 0 seconds; null: no limit")
         if feature_cache and flip:
             raise InputError(
                 "data.flip=true must not come with data.feature_cache=true, as a cached picture cannot be mirrored; "
@@ -186,6 +199,7 @@ class CaptionDataModule(CaptionData):
         self.captions_per_image, self.max_tokens, self.batch_size = captions_per_image, max_tokens, batch_size
         self.num_workers = default_workers() if num_workers is None else num_workers
         self.steps_per_epoch, self.max_pixels, self.seed = steps_per_epoch, max_pixels, seed
+        self.read_timeout = read_timeout
         self.crop: dict[str, Any] = {
             "crop_scale": tuple(crop_scale),
             "crop_ratio": tuple(crop_ratio),

@@ -7,7 +7,6 @@ import copy
 import itertools
 import json
 import math
-import os
 import resource
 import sys
 import time
@@ -22,12 +21,15 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.data.module import CaptionData
+from efficap.errors import InputError
 from efficap.evaluation.pictures import PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
+from efficap.evaluation.results import replacing
 from efficap.models.weights import save_weights
 from efficap.training.module import CaptionModule
 from efficap.training.progress import METRICS_FILE, SAMPLES_FILE
@@ -84,8 +86,13 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
-        if self._exported is None and trainer.is_global_zero:
-            self._export(pl_module.state_dict())
+        if not trainer.is_global_zero:
+            return
+        with _or_the_end("the weights", self.run_dir):
+            if self.best_model_score is None:
+                self._export(pl_module.state_dict())
+            elif self.best_model_score is not self._exported:  # the disk had no room for them
+                self._export_best()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before = copy.deepcopy(self.state_dict())
@@ -96,6 +103,10 @@ class BestCheckpoint(ModelCheckpoint):
             self.load_state_dict(before)
         if self.best_model_score is self._exported or not trainer.is_global_zero:
             return
+        with _only_warning("the best weights"):
+            self._export_best()
+
+    def _export_best(self) -> None:
         checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True, mmap=True)
         self._export(checkpoint["state_dict"])
         self._exported = self.best_model_score
@@ -105,7 +116,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class RunMetrics(Callback):
-    """Counts image-caption pairs and their rate, and keeps metrics.json and curves.png up to date.
+    """Counts image-caption pairs, their rate and steps left out, and keeps metrics.json and curves.png up to date.
 
     The rate is of training alone: validations are not counted in its time.
 
@@ -118,6 +129,7 @@ class RunMetrics(Callback):
     def __init__(self, run_dir: Path, stage: Stage, before: RunMetrics | None = None) -> None:
         self.run_dir, self.stage = run_dir, stage
         self.pairs: Tensor | None = None  # on the device: reading it at every step would wait for the step
+        self.bad_steps = torch.zeros((), dtype=torch.int64)  # on the device, too
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
         self.finished = False
@@ -128,6 +140,7 @@ class RunMetrics(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "pairs": int(self.pairs or 0),
+            "bad_steps": int(self.bad_steps),
             "seconds": self.seconds,
             "history": self.history,
             "stage": asdict(self.stage),
@@ -135,6 +148,7 @@ class RunMetrics(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.pairs = torch.tensor(state_dict["pairs"])
+        self.bad_steps = torch.tensor(state_dict.get("bad_steps", 0))  # from before they were counted
         self.seconds, self.history = state_dict["seconds"], list(state_dict["history"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -153,9 +167,14 @@ class RunMetrics(Callback):
         if self._steps(trainer) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
+            pl_module.log("train/bad_steps", self.bad_steps.float())
             pl_module.log("train/memory_gib", _peak_memory() / 2**30)
             assert isinstance(pl_module, CaptionModule)
             pl_module.log("train/progress", pl_module.progress(trainer.global_step))
+
+    def count_bad_steps(self, count: Tensor) -> None:
+        """Add steps that were left out; `BadSteps` tells of them."""
+        self.bad_steps = self.bad_steps.to(count.device) + count
 
     def _steps(self, trainer: pl.Trainer) -> int:
         return self.stage.steps + int(trainer.global_step)
@@ -178,13 +197,15 @@ class RunMetrics(Callback):
                 entry[key] = float(value) if math.isfinite(value) else None  # JSON has no NaN
         self.history.append(entry)
         self._resumed_at = time.monotonic()
-        self._write(trainer)
+        with _only_warning("metrics.json"):
+            self._write(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._rate()
             self.finished = self.stage.is_last
-            self._write(trainer)
+            with _or_the_end("metrics.json", self.run_dir):
+                self._write(trainer)
 
     def _write(self, trainer: pl.Trainer) -> None:
         for logger in trainer.loggers:
@@ -201,6 +222,7 @@ class RunMetrics(Callback):
             "steps": self._steps(trainer),
             "epochs": self.stage.epochs + trainer.current_epoch,
             "pairs": int(self.pairs or 0),
+            "bad_steps": int(self.bad_steps),
             "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
             "training_seconds": self.seconds,
             "left_out": data.left_out() if isinstance(data, CaptionData) else {},
@@ -209,9 +231,8 @@ class RunMetrics(Callback):
             "best": max(reversed(history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
             "last": history[-1] if history else None,
         }
-        temporary = self.run_dir / f"{METRICS_FILE}.tmp"
-        temporary.write_text(json.dumps(metrics, indent=2) + "\n")
-        os.replace(temporary, self.run_dir / METRICS_FILE)
+        with replacing(self.run_dir / METRICS_FILE) as file:
+            file.write((json.dumps(metrics, indent=2) + "\n").encode())
 
 
 def _peak_memory() -> int:
@@ -273,11 +294,23 @@ class SampleCaptions(Callback):
 
 @contextlib.contextmanager
 def _only_warning(what: str) -> Iterator[None]:
-    """What is there to look at must not end a training."""
+    """What is there to look at, or is written again after the next validation, must not end a training."""
     try:
         yield
     except Exception as error:
-        warnings.warn(f"{what} could not be written: {error}", stacklevel=3)
+        warnings.warn(f"{what} could not be written, training goes on: {error}", stacklevel=3)
+
+
+@contextlib.contextmanager
+def _or_the_end(what: str, run_dir: Path) -> Iterator[None]:
+    """Raises InputError where there is no later time to write something."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"{what} could not be written at the end: {error}; make room, and python train.py resume={run_dir} goes on "
+            "from the last checkpoint"
+        ) from error
 
 
 def _log_table(logger: WandbLogger, items: list[GalleryItem]) -> None:

@@ -65,7 +65,7 @@ class ResumePoint(Callback):
                 raise InputError(f"checkpoint.{name}={value} must be above 0; null: not by this")
         self.folder, self.stage, self.seed = run_dir / "checkpoints", stage, seed
         self.every_minutes, self.every_steps = every_minutes, every_steps
-        self._signal: int | None = None
+        self._end: BaseException | None = None  # what ends the training as soon as there is a checkpoint
         self._handlers: dict[int, Any] = {}
         self._saved_at, self._saved_step = 0.0, 0
         self._is_written = False  # and not yet in its place
@@ -110,10 +110,14 @@ class ResumePoint(Callback):
         ):
             self._write(trainer)
 
+    def end_with(self, error: Exception) -> None:
+        """Let training end as on a signal, with a checkpoint, and then raise `error`."""
+        self._end = self._end or error
+
     def _is_due(self, trainer: pl.Trainer) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60
         return (
-            self._signal is not None
+            self._end is not None
             or (self.every_minutes is not None and minutes >= self.every_minutes)
             or (self.every_steps is not None and trainer.global_step - self._saved_step >= self.every_steps)
         )
@@ -165,13 +169,13 @@ class ResumePoint(Callback):
             self._handlers[number] = signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if self._signal is not None:
+        if isinstance(self._end, Stopped):
             os._exit(128 + number)
-        self._signal = number
+        self._end = Stopped(number)
 
     def _stop_if_asked(self) -> None:
-        if self._signal is not None:
-            raise Stopped(self._signal)
+        if self._end is not None:
+            raise self._end
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():

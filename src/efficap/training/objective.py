@@ -11,6 +11,7 @@ from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training import module, self_critical
+from efficap.training.bad_steps import check_limit
 from efficap.training.ema import check_decay
 from efficap.training.module import CaptionModule
 from efficap.training.self_critical import SelfCriticalModule, caption_reward
@@ -19,7 +20,7 @@ _OPTIONS = {
     "cross_entropy": ("label_smoothing", "token_dropout", "start_size", "unfreeze_encoder_at"),
     "scst": ("samples", "baseline", "temperature", "lr_scale"),
 }
-_OF_ALL = ("objective", "ema_decay")
+_OF_ALL = ("objective", "ema_decay", "max_bad_steps")
 _CHECKS: dict[str, Callable[..., None]] = {
     "cross_entropy": module.check_settings,
     "scst": self_critical.check_settings,
@@ -56,6 +57,7 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
     module.check_unfreezing(training.get("unfreeze_encoder_at"), frozen=frozen)
     if training["ema_decay"] is not None:
         check_decay(training["ema_decay"])
+    check_limit(training["max_bad_steps"])
 
 
 def build_module(

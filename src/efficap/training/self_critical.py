@@ -103,7 +103,9 @@ class SelfCriticalModule(CaptionModule):
 
     def training_step(self, batch: CaptionBatch, _: int) -> Tensor:
         memory = self.captioner.encode(batch.images)  # (B, N, D), for samples, baseline and gradient alike
-        sampled, baseline = self._written(memory.detach(), batch.image_ids)
+        # Nothing can be sampled from what is not finite; the loss is not either then, and the step is left out.
+        finite = memory.detach().nan_to_num(0.0, 0.0, 0.0)
+        sampled, baseline = self._written(finite, batch.image_ids)
         with ThreadPoolExecutor(max_workers=1) as thread:  # the forward pass goes on meanwhile
             rewards = thread.submit(self._rewards, batch, sampled, baseline)
             tokens = sampled.tokens[..., :-1]
