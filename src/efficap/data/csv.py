@@ -161,7 +161,8 @@ class CSVDataModule(CaptionDataModule):
 
         def why_bad(file: Path) -> PictureError | None:
             try:
-                Picture(file, self.max_pixels).pixels(at_least=1)  # JPEGs at an eighth of their size
+                picture = Picture(file, self.max_pixels, timeout=self.read_timeout)
+                picture.pixels(at_least=1)  # JPEGs at an eighth of their size
             except PictureError as error:
                 return error
             return None
@@ -250,6 +251,7 @@ class CSVDataModule(CaptionDataModule):
             seed=self.seed,
             pad_id=self.tokenizer.pad_id,
             features=self._features.get(split),
+            read_timeout=self.read_timeout,
         )
         loader: DataLoader[Any] = DataLoader(
             images,

@@ -137,9 +137,11 @@ class CaptionedImages(Dataset[Any]):
         seed: int,
         pad_id: int,
         features: FeatureMaps | None = None,
+        read_timeout: float | None = None,
     ) -> None:
         self.rows, self.transform, self.features = rows, transform, features
         self.K, self.max_pixels, self.seed, self.pad_id = captions_per_image, max_pixels, seed, pad_id
+        self.read_timeout = read_timeout
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,7 +160,7 @@ class CaptionedImages(Dataset[Any]):
         return image, index, captions
 
     def _pixels(self, time: int, index: int) -> Tensor:
-        picture = Picture(Path(self.rows["file", index]), self.max_pixels)
+        picture = Picture(Path(self.rows["file", index]), self.max_pixels, timeout=self.read_timeout)
         if isinstance(self.transform, TrainingTransform):
             return self.transform(picture, np.random.default_rng((self.seed, time, index)))
         return self.transform(picture)

@@ -6,6 +6,7 @@ H, W: height and width in pixels, turned as the EXIF orientation says.
 from __future__ import annotations
 
 import io
+import stat
 import warnings
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
+
+from efficap.data.patience import TooSlowError, within
 
 MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
 
@@ -28,8 +31,8 @@ class PictureError(OSError):
     """A picture that cannot be read.
 
     Attributes:
-        reason: a word or two to count by: ``missing``, ``empty``, ``no picture``, ``truncated``, ``too large``
-            or ``unreadable``.
+        reason: a word or two to count by: ``missing``, ``no file``, ``too slow``, ``empty``, ``no picture``,
+            ``truncated``, ``too large`` or ``unreadable``.
         detail: more about it.
     """
 
@@ -45,6 +48,7 @@ class Picture:
         source: a file, or its bytes.
         max_pixels: more than these, a decompression bomb perhaps, are refused before they are decoded.
         formats: Pillow's names of those that are tried; None: all that it knows, some of which start other programs.
+        timeout: seconds that reading the file may take; None: any.
 
     Attributes:
         width, height: as shown, in pixels.
@@ -54,13 +58,18 @@ class Picture:
             wants it. Pillow also turns by XMP and by entries of other types.
 
     Raises:
-        PictureError: there is no such file, it is no picture, it is too large, or a PNG that is damaged.
+        PictureError: there is no such file, it is too slow, no picture, too large, or a PNG that is damaged.
     """
 
     def __init__(
-        self, source: Path | bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] | None = None
+        self,
+        source: Path | bytes,
+        max_pixels: int = MAX_PIXELS,
+        formats: tuple[str, ...] | None = None,
+        *,
+        timeout: float | None = None,
     ) -> None:
-        data = source if isinstance(source, bytes) else _read(source)
+        data = source if isinstance(source, bytes) else _read(source, timeout)
         if not data:
             raise PictureError("empty", "0 bytes")
         _raise_pillows_limit(max_pixels)
@@ -144,13 +153,24 @@ def _raise_pillows_limit(max_pixels: int) -> None:
         Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
 
 
-def _read(file: Path) -> bytes:
+def _read(file: Path, timeout: float | None) -> bytes:
     try:
-        return file.read_bytes()
+        return within(timeout, _contents, file)
     except FileNotFoundError:
         raise PictureError("missing") from None
+    except PictureError:
+        raise
+    except TooSlowError as error:
+        raise PictureError("too slow", str(error)) from None
     except OSError as error:
         raise PictureError("unreadable", error.strerror or str(error)) from error
+
+
+def _contents(file: Path) -> bytes:
+    mode = file.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of which the system itself has a better word
+        raise PictureError("no file", "a pipe, a socket or a device, which may never end")
+    return file.read_bytes()
 
 
 def _classified(error: Exception) -> PictureError:

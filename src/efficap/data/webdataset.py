@@ -95,6 +95,7 @@ class WebDatasetDataModule(CaptionDataModule):
             index_dir=self.index_dir,
             caption_field=self.caption_field,
             text=self.text,
+            timeout=self.read_timeout,
             most_open=2 * self.shuffle_shards,
         )
         self.bad_samples.check()

@@ -23,7 +23,6 @@ from efficap.data.features import FeatureStore, Stamp, stamp
 from efficap.data.mix import MixedDataModule
 from efficap.data.module import CaptionData, CaptionDataModule
 from efficap.data.pictures import Picture, PictureError
-from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
 from efficap.models.encoder import ImageEncoder
 
@@ -152,7 +151,7 @@ Batch = tuple[list[int], Tensor | None, list[tuple[int, PictureError]]]
 def _batches(pictures: Pictures, data: CSVDataModule, *, pin_memory: bool) -> Iterator[Batch]:
     """Places and (B, 3, S, S) uint8 pixels of those that can be read, and places of the others with the reason."""
     loader: DataLoader[Any] = DataLoader(
-        _Pixels(pictures, data.evaluation_transform, data.max_pixels),
+        _Pixels(pictures, data),
         batch_size=data.batch_size,
         num_workers=data.num_workers,
         collate_fn=_collate,
@@ -165,8 +164,9 @@ def _batches(pictures: Pictures, data: CSVDataModule, *, pin_memory: bool) -> It
 class _Pixels(Dataset[Any]):
     """Pictures as evaluation sees them; the `PictureError` in place of those that cannot be read."""
 
-    def __init__(self, pictures: Pictures, transform: EvaluationTransform, max_pixels: int) -> None:
-        self.pictures, self.transform, self.max_pixels = pictures, transform, max_pixels
+    def __init__(self, pictures: Pictures, data: CSVDataModule) -> None:
+        self.pictures, self.transform = pictures, data.evaluation_transform
+        self.limits: dict[str, Any] = {"max_pixels": data.max_pixels, "timeout": data.read_timeout}
 
     def __len__(self) -> int:
         return len(self.pictures)
@@ -176,7 +176,7 @@ class _Pixels(Dataset[Any]):
         try:
             if found is None:
                 raise PictureError("missing")
-            return place, self.transform(Picture(file, self.max_pixels))
+            return place, self.transform(Picture(file, **self.limits))
         except PictureError as error:
             return place, error
 

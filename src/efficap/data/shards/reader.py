@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from efficap.data.patience import TooSlowError, within
 from efficap.data.shards.examine import IndexHeader, captions_of, decode_json, decode_text
 from efficap.data.shards.index import read_samples
 from efficap.data.shards.tar import BLOCK, SampleError, fingerprint
@@ -52,6 +53,7 @@ class ShardReader:
         index_dir: where the indexes lie; None: beside the tars.
         caption_field: of the json; None takes the .txt.
         text: cleans the captions.
+        timeout: seconds that reading a member may take; None: any.
         most_open: tars that are held open, with the pages of their indexes.
 
     Attributes:
@@ -66,8 +68,10 @@ class ShardReader:
         index_dir: Path | None,
         caption_field: str | None,
         text: CaptionText,
+        timeout: float | None = None,
         most_open: int = 16,
     ) -> None:
+        self.timeout = timeout
         self.tars, self.index_dir, self.caption_field, self.text = list(tars), index_dir, caption_field, text
         self.counts: NDArray[np.int64] = np.array([header.good for header in headers], np.int64)
         self._ends = np.cumsum(self.counts)  # (S,)
@@ -91,7 +95,7 @@ class ShardReader:
         """One sample.
 
         Raises:
-            SampleError: the tar is no longer what was indexed, or there is no caption where one is looked for.
+            SampleError: the tar is no longer what was indexed, is too slow, or has no caption where one is looked for.
         """
         shard, row = self._place(number)
         shards = self._shard(shard)
@@ -129,7 +133,7 @@ class ShardReader:
         with self._lock:
             shard = self._open.get(number)
             if shard is None:
-                shard = self._open[number] = _OpenShard(self.tars[number], self.index_dir)
+                shard = self._open[number] = _OpenShard(self.tars[number], self.index_dir, self.timeout)
                 if len(self._open) > self.most_open:
                     self._open.popitem(last=False)
             else:
@@ -140,7 +144,8 @@ class ShardReader:
 class _OpenShard:
     """A tar that is open, and its index."""
 
-    def __init__(self, tar: Path, index_dir: Path | None) -> None:
+    def __init__(self, tar: Path, index_dir: Path | None, timeout: float | None) -> None:
+        self._timeout = timeout
         self._file = tar.open("rb", buffering=0)
         rows = read_samples(tar, index_dir)
         self._columns: dict[str, Any] = {}
@@ -163,7 +168,10 @@ class _OpenShard:
         offset, size = self.number(f"{name}_offset", row), self.number(f"{name}_size", row)
         if offset < 0:
             raise SampleError("no caption", f"no .{'txt' if name == 'text' else name}")
-        data = os.pread(self._file.fileno(), BLOCK + size, offset - BLOCK)
+        try:
+            data = within(self._timeout, os.pread, self._file.fileno(), BLOCK + size, offset - BLOCK)
+        except TooSlowError as error:
+            raise SampleError("too slow", str(error)) from None
         unchanged = fingerprint(data[:BLOCK]) == self.number(f"{name}_header", row)
         if len(data) != BLOCK + size or not unchanged:
             raise SampleError("changed tar", "its index no longer fits; it is made anew at the next start")
