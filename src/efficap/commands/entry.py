@@ -24,6 +24,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from efficap.commands.faults import cannot_be_written, dead_loader
 from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
 
@@ -45,16 +46,19 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
 
     # Kept with the configuration: a sweep's jobs in other processes have another command line.
     OmegaConf.register_new_resolver("command", _command, replace=True, use_cache=True)
-    failed, first = False, os.getpid()
+    failed, begun, first = False, False, os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
     def main(cfg: DictConfig) -> Result | None:
-        nonlocal failed
+        nonlocal failed, begun
+        begun = True
         if os.getpid() != first:  # a launcher's
             tune_process()
         try:
             return function(plain(cfg))
         except Exception as error:
+            if reason := dead_loader(error):
+                error = InputError(reason)
             is_mistake = isinstance(error, _MISTAKES) and not wants_traceback
             if is_mistake:
                 print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
@@ -72,6 +76,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     except Exception as error:  # in composing, or in a launcher
         if type(error).__module__.startswith(("joblib.", "submitit.")):
             print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
+        elif isinstance(error, OSError) and not begun and not wants_traceback:  # the folder that Hydra makes
+            print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
         elif wants_traceback or not isinstance(error, _MISTAKES):
             raise
         else:

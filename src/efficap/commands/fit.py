@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from efficap.commands.run_dir import choose_device
+from efficap.commands.stopped import explained
 from efficap.commands.trainer import build_callbacks, build_trainer
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding
@@ -59,7 +60,8 @@ def fit(
         metrics = RunMetrics(run_dir, stage, before)
         callbacks = build_callbacks(cfg, run_dir, its_data, metrics)
         trainer = build_trainer(cfg["trainer"], loggers, callbacks, run_dir, first_step=stage.steps)
-        trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint)
+        with explained(cfg):
+            trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint)
         if stage.is_last:
             return
         stage = stage.next(names, steps=trainer.global_step, epochs=trainer.current_epoch)

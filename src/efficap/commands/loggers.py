@@ -14,11 +14,13 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger
 
+from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.provenance import provenance, without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
 from efficap.commands.sweep import is_sweep_job
+from efficap.commands.wandb_logger import GuestWandbLogger
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.progress import METRICS_FILE
 
@@ -31,7 +33,7 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     Args:
         log: rows of metrics.csv that a run that is gone on with begins with.
     """
-    loggers: list[Logger] = [_metrics_csv(run_dir, log)]
+    loggers: list[Logger] = [MetricsLogger(run_dir, log)]
     if cfg["logger"]:
         told = without_secrets({**cfg, "provenance": provenance()})
         if cfg["logger"]["_target_"].endswith("WandbLogger"):
@@ -47,24 +49,25 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     return loggers
 
 
-def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> WandbLogger:
+def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> GuestWandbLogger:
     """W&B's, its run begun: offline where it cannot be had online."""
     import wandb
 
-    settings = {key: value for key, value in settings.items() if key != "artifact"} | _wandb_run(run_dir)
-    settings["name"] = without_secrets(settings["name"])
+    ours = ("_target_", "artifact", "mode")
     mode = settings["mode"] or os.environ.get("WANDB_MODE")  # as it is now: W&B reads it once in a process
+    settings = {key: value for key, value in settings.items() if key not in ours} | _wandb_run(run_dir)
+    settings["name"] = without_secrets(settings["name"])
     mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
         if mode == "online":
             _reach(wandb.setup().settings.base_url)
-        logger = instantiate({**settings, "mode": mode})
+        logger = GuestWandbLogger(**settings, mode=mode)
         run = logger.experiment
     except (OSError, wandb.Error) as error:
         if mode != "online":
             raise
         print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
-        logger = instantiate({**settings, "mode": "offline"})
+        logger = GuestWandbLogger(**settings, mode="offline")
         run = logger.experiment
     if isinstance(run.id, str):
         kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
@@ -115,16 +118,14 @@ def finish_wandb(exit_code: int) -> None:
     wandb = sys.modules.get("wandb")
     if wandb is None or wandb.run is None:
         return
-    kept = Path(wandb.run.settings.sync_dir) if wandb.run.settings._offline else None
-    wandb.finish(exit_code=exit_code)
-    if kept is not None and kept.is_dir():
+    kept, is_sent = Path(wandb.run.settings.sync_dir), not wandb.run.settings._offline
+    try:
+        wandb.finish(exit_code=exit_code)
+    except Exception as error:  # its process is gone, or the network
+        print(f"W&B could not end its run: {' '.join(str(error).split())}", file=sys.stderr)
+        is_sent = False
+        with contextlib.suppress(Exception):
+            wandb.teardown()
+        wandb.__dict__["run"] = None  # a sweep's next job has a new process of W&B's
+    if not is_sent and kept.is_dir():
         print(f"W&B's run is on this disk; once you are logged in: wandb sync {kept}")
-
-
-def _metrics_csv(run_dir: Path, log: pd.DataFrame | None) -> CSVLogger:
-    logger = CSVLogger(run_dir, name="", version="", flush_logs_every_n_steps=1)  # nothing is lost by a kill
-    experiment = logger.experiment  # takes away a file that is there
-    if log is not None:
-        log.to_csv(run_dir / "metrics.csv", index=False)
-        experiment.metrics_keys = list(log.columns)
-    return logger

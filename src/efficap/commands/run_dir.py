@@ -17,6 +17,7 @@ from efficap.data.mix import MixedDataModule
 from efficap.data.module import CaptionData
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
+from efficap.evaluation.results import replacing
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
@@ -165,12 +166,17 @@ def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
 
 
 def write_run(path: Path, config: dict[str, Any], tokenizer: CaptionTokenizer) -> None:
-    """Write a run's configuration and tokenizer, and point outputs/latest to it."""
+    """Write a run's configuration and tokenizer, each whole or not at all, and point outputs/latest to it."""
     path.mkdir(parents=True, exist_ok=True)
-    (path / CONFIG_FILE).write_text(
-        yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8"
-    )
-    tokenizer.save(path / TOKENIZER_DIR)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    with replacing(path / CONFIG_FILE) as file:
+        file.write(text.encode())
+    temporary = path / f".{TOKENIZER_DIR}.{os.getpid()}.tmp"
+    tokenizer.save(temporary)
+    (path / TOKENIZER_DIR).mkdir(exist_ok=True)
+    for part in temporary.iterdir():
+        os.replace(part, path / TOKENIZER_DIR / part.name)
+    temporary.rmdir()
     _point_latest(path)
 
 

@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 
+from efficap.commands.faults import check_writable
 from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
@@ -77,6 +78,7 @@ def best_score(run_dir: Path) -> float | None:
 def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
     run_dir, stages = Path(cfg["output_dir"]), stages_of(cfg)
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
+    check_writable(run_dir)
     check_java()
     decoding = build_decoding(cfg["decoding"])
     for name, settings in stages.items():

@@ -74,6 +74,11 @@ class _Encoding(nn.Module):
         return self.captioner.encode(images)
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """On a GPU torch says so by the type, on a CPU by the words."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def free_bytes(device: torch.device) -> int:
     """Bytes that are free on `device`; what torch keeps of a GPU's without using it counts."""
     if device.type != "cuda":

@@ -20,7 +20,7 @@ from efficap.models.captioner import CaptionModel, DecodingState, FixedDecodingS
 from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble
-from efficap.training.memory import pictures_that_fit
+from efficap.training.memory import is_out_of_memory, pictures_that_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +117,7 @@ class CaptionWriter:
             try:
                 written += self._write(images[part], image_ids[part], attention, by_head, rollout)
             except RuntimeError as error:
-                if size == 1 or not _is_out_of_memory(error):
+                if size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size = size // 2
             else:
@@ -212,8 +212,3 @@ def words_of(written: WrittenCaption, tokenizer: CaptionTokenizer) -> list[Word]
         )
         for text, places in tokenizer.words(written.tokens[1:])
     ]
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """On a GPU torch says so by the type, on a CPU by the words."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)

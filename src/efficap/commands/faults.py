@@ -1,0 +1,45 @@
+"""What an entry point meets that is no mistake of its program: told in one line that names the way out.
+
+No torch here: an entry point has to set up its process before that is loaded.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from pathlib import Path
+
+from efficap.errors import InputError
+
+_DEAD_LOADER = (
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited unexpectedly)"
+)
+
+
+def check_writable(run_dir: Path) -> None:
+    """Raises InputError where nothing can be written to a run directory, or where it cannot be made; leaves nothing."""
+    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".efficap-", dir=there):
+            pass
+    except OSError as error:
+        raise InputError(cannot_be_written(run_dir, error)) from error
+
+
+def cannot_be_written(folder: Path | str, error: OSError) -> str:
+    """Of a folder that a run was to lie in: why not, and the way out."""
+    return (
+        f"{folder} cannot be written ({error.strerror}); hydra.run.dir=DIR takes another folder for the run"
+    )
+
+
+def dead_loader(error: BaseException) -> str | None:
+    """Which loader process died, and what may help; None if the error is another."""
+    found = re.search(_DEAD_LOADER, str(error))
+    if found is None:
+        return None
+    how = f"was killed ({found[2]})" if found[2] else "died"
+    return (
+        f"the process {found[1]} that loads pictures {how}, most likely for lack of main memory: fewer num_workers "
+        "(data.num_workers in training) need less"
+    )
