@@ -25,7 +25,7 @@ from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.errors import InputError
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage
 from efficap.training.module import CaptionModule
 from efficap.training.self_critical import SelfCriticalModule
 
@@ -259,6 +259,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged at .*; going on from the one before"):
         train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)
+    assert not damage(run / "checkpoints" / PREVIOUS), (
+        "a damaged one does not take the place of the one before"
+    )
     for name in (LAST, PREVIOUS):
         (run / "checkpoints" / name).write_bytes(b"")
     with (

@@ -69,6 +69,7 @@ class ResumePoint(Callback):
         self._handlers: dict[int, Any] = {}
         self._saved_at, self._saved_step = 0.0, 0
         self._is_written = False  # and not yet in its place
+        self._last_is_whole = False  # known to be, as this process wrote it
         self._validation_due = False  # the checkpoint was written before a validation, which is still to come
 
     def state_dict(self) -> dict[str, Any]:
@@ -154,13 +155,13 @@ class ResumePoint(Callback):
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
 
     def _publish(self) -> None:
-        """Let last.ckpt be the new one; the one before stays as previous.ckpt."""
+        """Let last.ckpt be the new one; the one before stays as previous.ckpt, unless it was passed over as damaged."""
         if self._is_written:
-            if (self.folder / LAST).exists():
+            if self._last_is_whole or not damage(self.folder / LAST):
                 os.replace(self.folder / LAST, self.folder / PREVIOUS)
             os.replace(self.folder / f"{LAST}.tmp", self.folder / LAST)
             _sync(self.folder)
-            self._is_written = False
+            self._is_written, self._last_is_whole = False, True
 
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():

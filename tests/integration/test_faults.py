@@ -1,0 +1,376 @@
+"""What a machine does to a training: it goes on, or ends with one line that tells the way out; it never hangs."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import multiprocessing
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import compose, tiny_overrides, write_colour_table
+from test_resume import CHANCE, assert_equal_runs, die_at
+from wandb_files import OfflineRun, finished_run
+
+from efficap.commands.metrics_csv import MetricsLogger
+from efficap.commands.train import train
+from efficap.errors import InputError
+from efficap.training.checkpoints import LAST
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_table(tmp_path_factory.mktemp("faults") / "colours")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(folder: Path) -> Path:
+    return train(compose("train", *tiny_overrides(folder, folder.parent / "whole"), *CHANCE))
+
+
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of main memory; the test skips where that is not allowed."""
+    places: list[Path] = []
+
+    def mount(options: str) -> Path:
+        place = tmp_path / f"mount{len(places)}"
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(place)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+        if result.returncode:
+            pytest.skip(f"no file system can be mounted here: {result.stderr.strip()}")
+        places.append(place)
+        return place
+
+    yield mount
+    for place in places:
+        subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def run_script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *overrides: str
+) -> tuple[int, str]:
+    """`python train.py OVERRIDES` in this process: its exit status, and what it says on stderr."""
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", *overrides])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    return int(end.value.code or 0), capsys.readouterr().err
+
+
+@pytest.mark.parametrize("setting", ["output_dir", "hydra.run.dir"])
+def test_a_folder_that_cannot_be_written_is_told_at_the_start(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    setting: str,
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("efficap.data.csv.read_table", lambda *_, **__: pytest.fail("data were prepared"))
+    overrides = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith("output_dir=")]
+    elsewhere = [] if setting == "hydra.run.dir" else [f"hydra.run.dir={tmp_path / 'hydra'}"]
+    place = tmp_path / "file" / "run"
+    status, errors = run_script(monkeypatch, capsys, *overrides, *elsewhere, f"{setting}={place}")
+    assert status == 1
+    assert errors == (
+        f"error: {place} cannot be written (Not a directory); hydra.run.dir=DIR takes another folder for the run\n"
+    )
+
+
+def test_a_read_only_disk_is_told_at_the_start(
+    folder: Path,
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    place = mounted("ro")
+    overrides = [o for o in tiny_overrides(folder, place) if not o.startswith("output_dir=")]
+    status, errors = run_script(monkeypatch, capsys, *overrides, f"hydra.run.dir={place / 'run'}")
+    assert status == 1
+    assert errors.startswith(f"error: {place / 'run'} cannot be written (Read-only file system); ")
+    assert errors.count("\n") == 1
+
+
+def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed: list[int] = []
+
+    def kill_loaders() -> None:
+        for process in multiprocessing.active_children():
+            killed.append(process.pid or 0)
+            os.kill(killed[-1], signal.SIGKILL)
+        time.sleep(1)  # in which torch learns of it
+
+    run = tmp_path / "run"
+    started = time.monotonic()
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 6, kill_loaders)
+        with pytest.raises(InputError) as error:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, "data.num_workers=1"))
+    assert killed
+    assert re.search(
+        rf"process ({'|'.join(map(str, killed))}) that loads pictures was killed", str(error.value)
+    )
+    assert f"python train.py resume={run} goes on from it" in str(error.value)
+    assert time.monotonic() - started < 120, "it does not wait for ever"
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert_equal_runs(run, undisturbed)
+
+
+def test_memory_that_runs_out_is_told_with_what_helps(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 6, run_out)
+        with pytest.raises(InputError) as error:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+    assert str(error.value) == (
+        "out of memory; what helps: data.batch_size=1 trainer.accumulate_grad_batches=2, gradient_checkpointing=true, "
+        f"trainer.precision=bf16-mixed. The latest checkpoint is kept: python train.py resume={run} goes on from it"
+    )
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert_equal_runs(run, undisturbed)
+
+
+def children(name: str) -> list[int]:
+    """The processes of this name that this one has started."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            _, rest = entry.read_text().split("(", 1)
+        except OSError:
+            continue
+        command, fields = rest.rsplit(")", 1)
+        if command == name and int(fields.split()[1]) == os.getpid():
+            found.append(int(entry.parent.name))
+    return found
+
+
+def test_a_training_survives_weights_and_biases(
+    folder: Path,
+    undisturbed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """Its process is killed in mid-run, and the next run, as of a sweep, has another one."""
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    run = tmp_path / "run"
+    killed: list[int] = []
+
+    def kill_wandb() -> None:
+        for process in children("wandb-core"):
+            os.kill(process, signal.SIGKILL)
+            killed.append(process)
+
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 5, kill_wandb)
+        train(
+            compose(
+                "train", *tiny_overrides(folder, run), *CHANCE, "logger=wandb", "trainer.log_every_n_steps=1"
+            )
+        )
+    assert killed
+    assert_equal_runs(run, undisturbed)
+    printed = capfd.readouterr()
+    assert printed.err.count("W&B has failed and is told no more, training goes on") == 1
+    assert "Traceback" not in printed.err
+    [file] = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert f"wandb sync {file.parent}" in printed.out
+    assert OfflineRun(file).exit_codes == []
+    command = [*CHANCE, "logger=wandb", "trainer.max_epochs=1"]
+    after = train(compose("train", *tiny_overrides(folder, tmp_path / "next"), *command))
+    [file] = (after / "wandb").glob("offline-run-*/run-*.wandb")
+    assert finished_run(file).exit_codes == [0]
+
+
+def test_weights_and_biases_that_does_not_end_leaves_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    from efficap.commands.loggers import build_loggers, finish_wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    (tmp_path / "run").mkdir()
+    cfg = compose("train", f"output_dir={tmp_path / 'run'}", "name=job", "logger.mode=offline")
+    build_loggers(cfg, tmp_path / "run", None)
+    assert wandb.run is not None
+    assert wandb.run.settings.finish_timeout == 300
+    real = wandb.finish
+
+    def too_late(exit_code: int) -> None:
+        real(exit_code=exit_code)
+        raise TimeoutError("Timed out after 300 seconds waiting for data to upload.")
+
+    monkeypatch.setattr(wandb, "finish", too_late)
+    finish_wandb(exit_code=0)
+    printed = capsys.readouterr()
+    assert "W&B could not end its run: Timed out after 300 seconds" in printed.err
+    assert re.search(rf"wandb sync {tmp_path}/run/wandb/offline-run-", printed.out)
+    assert wandb.run is None
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_never_comes_is_left_out(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    real = Path.read_bytes
+
+    def slowly(self: Path) -> bytes:
+        if self.name == "train_3.jpg":
+            time.sleep(600)
+        return real(self)
+
+    monkeypatch.setattr(Path, "read_bytes", slowly)
+    slow = [
+        "data.read_timeout=2",
+        "data.check_images=false",
+        "data.max_bad_fraction=0.1",
+        "trainer.max_epochs=1",
+    ]
+    run = train(
+        compose("train", *tiny_overrides(folder, tmp_path / "run"), *slow, f"data.num_workers={workers}")
+    )
+    assert json.loads((run / "metrics.json").read_text())["left_out"] == {"too slow": 1}
+
+
+def test_a_pipe_among_the_pictures_is_named_before_training(folder: Path, tmp_path: Path) -> None:
+    table = write_colour_table(tmp_path / "colours")
+    file = table / "images" / "train_3.jpg"
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(
+        InputError, match=r"1 \(no file 1\) of 16 samples .*train_3.jpg \(no file: a pipe, a socket"
+    ):
+        train(compose("train", *tiny_overrides(table, tmp_path / "run")))
+
+
+def fill(filler: Path) -> None:
+    """Leave no byte of a disk free."""
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+
+
+def test_a_disk_that_fills_up_and_is_emptied_again_costs_nothing(
+    folder: Path, undisturbed: Path, mounted: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = mounted("size=64m") / "run"
+    filler = run / "filler"
+    with monkeypatch.context() as patch:
+        die_at(
+            patch, "training_step", 2, lambda: fill(filler)
+        )  # before a checkpoint and the first validation
+        die_at(patch, "on_validation_epoch_start", 1, filler.unlink)
+        with pytest.warns(UserWarning, match=r"training goes on: .*No space left on device") as told:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+    said = "\n".join(str(warning.message) for warning in told)
+    for what in (
+        "no checkpoint at step",
+        "metrics.csv cannot be written",
+        "metrics.json could not be written",
+    ):
+        assert what in said
+    assert_equal_runs(run, undisturbed)
+    assert (run / "checkpoints" / LAST).is_file()
+    assert not [file for file in run.rglob("*") if file.name.endswith(".tmp")]
+
+
+def test_a_disk_that_stays_full_ends_the_training_with_what_to_do(
+    folder: Path,
+    undisturbed: Path,
+    mounted: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    run = mounted("size=64m") / "run"
+    filler = run / "filler"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 6, lambda: fill(filler))
+        with (
+            pytest.warns(UserWarning, match="No space left on device"),
+            pytest.raises(
+                InputError, match=rf"at the end: .*; make room, and python train.py resume={run} goes on"
+            ),
+        ):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+    filler.unlink()
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert_equal_runs(run, undisturbed)
+
+
+def test_a_clock_that_jumps_changes_nothing(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the checkpoints by minutes nor the limit of time go by the time of day."""
+    real, leaps = time.time, itertools.cycle([10**6, -(10**6)])
+    monkeypatch.setattr(time, "time", lambda: real() + next(leaps))
+    command = [*tiny_overrides(folder, tmp_path / "run"), *CHANCE, "checkpoint.every_minutes=600"]
+    assert_equal_runs(train(compose("train", *command)), undisturbed)
+    limited = train(
+        compose("train", *tiny_overrides(folder, tmp_path / "limited"), "trainer.max_time=00:10:00:00")
+    )
+    assert json.loads((limited / "metrics.json").read_text())["epochs"] == 3, "to the end"
+
+
+def test_no_row_of_the_log_is_lost_or_cut_by_a_full_disk(tmp_path: Path) -> None:
+    """In a process of its own, whose files may then be so long and no longer."""
+    code = f"""
+import resource, sys, warnings
+from pathlib import Path
+from efficap.commands.metrics_csv import MetricsLogger
+
+file, limits = Path({str(tmp_path)!r}) / "metrics.csv", resource.getrlimit(resource.RLIMIT_FSIZE)
+logger = MetricsLogger(file.parent, None)
+logger.log_metrics({{"loss": 1.5}}, step=0)
+for place, row in enumerate([{{"loss": 2.5}}, {{"score": 3.5}}], start=1):
+    before = file.read_bytes()
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 3, limits[1]))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        logger.log_metrics(row, step=10 * place)
+        logger.log_metrics(row, step=10 * place + 1)
+    assert len(told) == 1, told
+    assert file.read_bytes() == before
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    logger.log_metrics(row, step=10 * place + 2)
+print(file.read_text())
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.split()
+    assert lines[0] == "loss,score,step"
+    assert lines[1:] == ["1.5,,0", "2.5,,10", "2.5,,11", "2.5,,12", ",3.5,20", ",3.5,21", ",3.5,22"]
+
+
+def test_a_log_that_is_gone_on_with_is_there_at_all_times(tmp_path: Path) -> None:
+    import pandas as pd
+
+    rows = pd.DataFrame({"step": [0, 1], "train/loss": [2.0, 1.0]})
+    (tmp_path / "metrics.csv").write_text("train/loss,step\n2.0,0\n1.0,1\n0.5,2\n")
+    MetricsLogger(tmp_path, rows).log_metrics({"train/loss": 0.25}, step=2)
+    assert (tmp_path / "metrics.csv").read_text().split() == ["step,train/loss", "0,2.0", "1,1.0", "2,0.25"]
