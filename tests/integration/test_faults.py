@@ -372,5 +372,9 @@ def test_a_log_that_is_gone_on_with_is_there_at_all_times(tmp_path: Path) -> Non
 
     rows = pd.DataFrame({"step": [0, 1], "train/loss": [2.0, 1.0]})
     (tmp_path / "metrics.csv").write_text("train/loss,step\n2.0,0\n1.0,1\n0.5,2\n")
-    MetricsLogger(tmp_path, rows).log_metrics({"train/loss": 0.25}, step=2)
+    logger = MetricsLogger(tmp_path, rows)
+    logger.log_metrics({"train/loss": 0.25}, step=2)
     assert (tmp_path / "metrics.csv").read_text().split() == ["step,train/loss", "0,2.0", "1,1.0", "2,0.25"]
+    logger.log_metrics({"val/loss": 0.5}, step=2)
+    lines = (tmp_path / "metrics.csv").read_text().split()
+    assert lines == ["step,train/loss,val/loss", "0,2.0,", "1,1.0,", "2,0.25,", "2,,0.5"]

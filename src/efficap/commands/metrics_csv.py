@@ -37,7 +37,7 @@ class _MetricsFile(ExperimentWriter):
         if log is None:
             self.file.unlink(missing_ok=True)
             return
-        self.metrics_keys = self._header = list(log.columns)
+        self.metrics_keys, self._header = list(log.columns), list(log.columns)
         temporary = self.file.with_suffix(".tmp")
         log.to_csv(temporary, index=False)
         os.replace(temporary, self.file)
