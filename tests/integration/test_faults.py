@@ -12,18 +12,24 @@ import runpy
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conftest import compose, tiny_overrides, write_colour_table
 from test_resume import CHANCE, assert_equal_runs, die_at
+from torch.utils.data import DataLoader
 from wandb_files import OfflineRun, finished_run
 
+from efficap.commands import entry
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.train import train
+from efficap.data.pictures import MAX_PIXELS
+from efficap.data.shards.index import ensure_indexes
 from efficap.errors import InputError
 from efficap.training.checkpoints import LAST
 
@@ -125,7 +131,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, "data.num_workers=1"))
     assert killed
     assert re.search(
-        rf"process ({'|'.join(map(str, killed))}) that loads pictures was killed", str(error.value)
+        rf"process ({'|'.join(map(str, killed))}) that loads pictures (was killed|died)", str(error.value)
     )
     assert f"python train.py resume={run} goes on from it" in str(error.value)
     assert time.monotonic() - started < 120, "it does not wait for ever"
@@ -152,17 +158,16 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     assert_equal_runs(run, undisturbed)
 
 
-def children(name: str) -> list[int]:
-    """The processes of this name that this one has started."""
+def children(of: int, name: str | None = None) -> list[int]:
+    """The processes that one has started, of this name or of any."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*/stat"):
+    for file in Path("/proc").glob("[0-9]*/stat"):
         try:
-            _, rest = entry.read_text().split("(", 1)
-        except OSError:
+            command, fields = file.read_text().split("(", 1)[1].rsplit(")", 1)
+        except OSError:  # it has just ended
             continue
-        command, fields = rest.rsplit(")", 1)
-        if command == name and int(fields.split()[1]) == os.getpid():
-            found.append(int(entry.parent.name))
+        if name in (command, None) and int(fields.split()[1]) == of:
+            found.append(int(file.parent.name))
     return found
 
 
@@ -181,7 +186,7 @@ def test_a_training_survives_weights_and_biases(
     killed: list[int] = []
 
     def kill_wandb() -> None:
-        for process in children("wandb-core"):
+        for process in children(os.getpid(), "wandb-core"):
             os.kill(process, signal.SIGKILL)
             killed.append(process)
 
@@ -378,3 +383,55 @@ def test_a_log_that_is_gone_on_with_is_there_at_all_times(tmp_path: Path) -> Non
     logger.log_metrics({"val/loss": 0.5}, step=2)
     lines = (tmp_path / "metrics.csv").read_text().split()
     assert lines == ["step,train/loss,val/loss", "0,2.0,", "1,1.0,", "2,0.25,", "2,,0.5"]
+
+
+@pytest.mark.parametrize("script", ["eval", "caption"])
+def test_a_loader_process_that_is_killed_is_named_by_all_commands(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def captioning(cfg: dict[str, Any]) -> None:
+        loader: DataLoader[Any] = DataLoader(range(100), num_workers=1, collate_fn=_pause)  # type: ignore[arg-type]
+        for number, _ in enumerate(loader):
+            if number == 1:
+                for process in multiprocessing.active_children():
+                    os.kill(process.pid or 0, signal.SIGKILL)
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(
+        sys, "argv", [f"{script}.py", "run=x", *(["images=x"] if script == "caption" else [])]
+    )
+    with pytest.raises(SystemExit) as end:
+        entry.run(script, captioning)
+    assert end.value.code == 1
+    errors = capsys.readouterr().err
+    assert re.match(
+        r"error: the process \d+ that loads pictures (was killed \(Killed\)|died), most likely for", errors
+    )
+    assert errors.count("\n") == 1
+
+
+def _pause(items: list[int]) -> list[int]:
+    time.sleep(0.1)
+    return items
+
+
+def test_a_process_that_is_killed_while_shards_are_indexed_is_told(tmp_path: Path) -> None:
+    tars = [tmp_path / "one.tar", tmp_path / "other.tar"]
+    for tar in tars:
+        os.mkfifo(tar)  # on which its process waits
+
+    def kill_workers() -> None:
+        until = time.monotonic() + 60
+        while time.monotonic() < until:
+            for server in children(os.getpid()):
+                for worker in children(server):
+                    time.sleep(0.5)
+                    os.kill(worker, signal.SIGKILL)
+                    return
+            time.sleep(0.1)
+
+    threading.Thread(target=kill_workers, daemon=True).start()
+    with pytest.raises(
+        InputError, match=r"a process that indexes shards died, .*the same command again goes on"
+    ):
+        ensure_indexes(tars, index_dir=None, max_pixels=MAX_PIXELS, workers=2)

@@ -49,7 +49,7 @@ def _kill_loader(life: Life, random: Random) -> bool:
         os.kill(process, signal.SIGKILL)
     if life.end() == 0:
         return False
-    _check(life, life.process.returncode == 1 and "that loads pictures was killed" in life.errors, "its name")
+    _check(life, life.process.returncode == 1 and "that loads pictures" in life.errors, "its name")
     return True
 
 

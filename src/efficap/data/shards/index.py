@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -114,7 +115,13 @@ def ensure_indexes(
                 transient=True,
                 disable=not console.is_terminal,
             )
-            headers |= dict(zip(stale, done, strict=True))
+            try:
+                headers |= dict(zip(stale, done, strict=True))
+            except BrokenProcessPool as error:
+                raise InputError(
+                    "a process that indexes shards died, most likely for lack of main memory; the same command again "
+                    "goes on with the shards that are left"
+                ) from error
     return {tar: header for tar, header in headers.items() if header is not None}
 
 

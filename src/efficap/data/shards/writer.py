@@ -9,6 +9,7 @@ import os
 import tarfile
 from collections import Counter
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -94,7 +95,13 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
     ):
         bar = progress.add_task(f"Writing {table.split}", total=len(table), completed=outcome.total())
         for done_job in as_completed([pool.submit(_write_shard, job) for job in missing]):
-            counts = done_job.result()
+            try:
+                counts = done_job.result()
+            except BrokenProcessPool as error:
+                raise InputError(
+                    f"a process that writes shards died, most likely for lack of main memory; fewer than {workers} "
+                    "workers need less, and the same command again goes on with the shards that are left"
+                ) from error
             outcome.update(counts)
             progress.advance(bar, sum(counts.values()))
     return outcome
