@@ -37,7 +37,7 @@ def within(seconds: float | None, function: Callable[..., Result], *arguments: A
         raise TooSlowError(f"not read within {seconds:g} s") from None
     if error is not None:
         raise error
-    return result  # type: ignore[no-any-return]
+    return result
 
 
 class _Reader:
