@@ -593,12 +593,11 @@ def test_two_processes_train_on_uneven_shards(tmp_path: Path) -> None:
     for shard, size in enumerate((5, 1, 7)):
         write_tar(shards / "train" / f"{shard}.tar", samples(*(f"{shard}{n}" for n in range(size))))
     write_tar(shards / "val" / "v.tar", samples(*(f"v{n}" for n in range(5))))
-    from_shards(shards)  # their indexes
     (tmp_path / "ranks.py").write_text(RANKS)
     arguments = overrides(
         shards,
         tmp_path / "run",
-        "trainer.devices=2",
+        "trainer.strategy=ddp",
         "trainer.max_epochs=2",
         "data.batch_size=2",
         "trainer.check_val_every_n_epoch=2",
@@ -608,11 +607,15 @@ def test_two_processes_train_on_uneven_shards(tmp_path: Path) -> None:
         "SEEN": str(tmp_path),
         "OMP_NUM_THREADS": "1",
     }
-    command = [sys.executable, str(tmp_path / "ranks.py"), *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [sys.executable, *launcher, str(tmp_path / "ranks.py"), *arguments]
     result = subprocess.run(
         command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
     assert result.returncode == 0, result.stderr[-3000:]
+    assert result.stderr.count("checking every sample once") == 2, (
+        "of train and val, by one of both processes"
+    )
     steps = [
         [line.split() for line in (tmp_path / f"{rank}.txt").read_text().splitlines()] for rank in range(2)
     ]

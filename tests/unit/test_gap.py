@@ -86,16 +86,28 @@ def test_the_pictures_kept_are_drawn_evenly_from_all(captioner: CaptionModel) ->
     counts = dict.fromkeys(range(20), 0)
     for trial in range(400):
         probe = GapProbe(captioner, TOKENIZER, pictures=5, max_tokens=12)
-        probe._random.seed(trial)
         for start in range(0, 20, 4):  # in batches
-            names = [f"{number}" for number in range(start, start + 4)]
+            names = [f"{trial}/{number}" for number in range(start, start + 4)]
             probe.keep(names, torch.zeros(4, 1, 1))
         assert len(probe._kept) == 5
-        assert set(probe._kept) == set(probe._order)
-        for name in probe._order:
-            counts[int(name)] += 1
+        for name in probe._kept:
+            counts[int(name.partition("/")[2])] += 1
     expected = 400 * 5 / 20
     assert all(abs(count - expected) < 4 * (expected * 0.75) ** 0.5 for count in counts.values())
+
+
+def test_who_encodes_the_pictures_and_in_what_order_does_not_matter(captioner: CaptionModel) -> None:
+    names = [f"{number}.jpg" for number in range(50)]
+    memories = torch.arange(50.0)[:, None, None]
+    alone = GapProbe(captioner, TOKENIZER, pictures=7, max_tokens=12)
+    alone.keep(names, memories)
+    parts = [GapProbe(captioner, TOKENIZER, pictures=7, max_tokens=12) for _ in range(2)]
+    parts[0].keep(names[::-2], memories.flip(0)[::2])
+    parts[1].keep(names[::2], memories[::2])
+    for name, memory in parts[1]._kept.items():
+        parts[0].keep([name], memory[None])
+    assert {n: float(m) for n, m in parts[0]._kept.items()} == {n: float(m) for n, m in alone._kept.items()}
+    assert len(alone._kept) == 7
 
 
 def test_no_picture_is_kept_where_none_is_asked_for(captioner: CaptionModel) -> None:

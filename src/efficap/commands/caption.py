@@ -27,6 +27,7 @@ from efficap.data.module import default_workers
 from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import Decoding, build_decoding
 from efficap.errors import InputError
+from efficap.launch import launch
 from efficap.models.build import preprocessing
 from efficap.training.writer import CaptionWriter, words_of
 
@@ -37,8 +38,9 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     Shards are captioned by `caption_shards`, whose results lie on disk; the list is then empty.
 
     Raises:
-        InputError: no such run, nothing to caption, or not one picture that can be read.
+        InputError: no such run, nothing to caption, not one picture that can be read, or several processes for files.
     """
+    _check_processes(cfg["images"])
     run = RunDirectory(cfg["run"])
     device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     settings = run.decoding(cfg["decoding"])
@@ -82,6 +84,17 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
             f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
         )
     return ordered
+
+
+def _check_processes(images: str) -> None:
+    """Give each of several processes its GPU; by the shards' locks they then share the work."""
+    own = launch()
+    if own.world > 1 and not names_shards(images):
+        raise InputError(
+            f"images={images}: {own.world} processes can share shards (*.tar), and not a folder of pictures; start one"
+        )
+    if own.world > 1 and torch.cuda.is_available():
+        torch.cuda.set_device(own.local_rank)
 
 
 def _looking(cfg: dict[str, Any]) -> dict[str, bool]:

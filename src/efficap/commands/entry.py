@@ -27,10 +27,11 @@ from omegaconf.errors import OmegaConfBaseException
 from efficap.commands.faults import cannot_be_written, dead_loader
 from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
+from efficap.launch import LostProcessError, launch
 
 Result = TypeVar("Result")
 
-_MISTAKES = (InputError, HydraException, OmegaConfBaseException)
+_MISTAKES = (InputError, LostProcessError, HydraException, OmegaConfBaseException)
 
 CONF = Path(__file__).parents[3] / "conf"
 
@@ -41,6 +42,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     A mistake of the user's is printed as one line and ends with status 1; HYDRA_FULL_ERROR=1 shows its traceback.
     """
     tune_process()
+    _let_first_speak()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then hands errors on instead of printing them its own way
 
@@ -61,7 +63,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
                 error = InputError(reason)
             is_mistake = isinstance(error, _MISTAKES) and not wants_traceback
             if is_mistake:
-                print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
+                _tell(_one_line(error, config_name))
             elif is_recorded_job():
                 traceback.print_exc()
             if is_recorded_job() or (is_mistake and os.getpid() == first):
@@ -81,10 +83,35 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         elif wants_traceback or not isinstance(error, _MISTAKES):
             raise
         else:
-            print(f"error: {_one_line(error, config_name)}", file=sys.stderr)
+            _tell(_one_line(error, config_name))
         failed = True
     if not end_sweep() or failed:
         sys.exit(1)
+
+
+def _let_first_speak() -> None:
+    """Of several processes the first prints, and has the folder that Hydra makes; none of them leads a sweep."""
+    own = launch()
+    if own.world > 1 and {"-m", "--multirun"} & set(sys.argv):
+        if own.rank == 0:
+            print(
+                f"error: {own.by} started {own.world} processes for one training; -m is for many",
+                file=sys.stderr,
+            )
+        sys.exit(1)
+    if own.rank:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+
+
+def _tell(mistake: str) -> None:
+    if launch().world == 1:
+        print(f"error: {mistake}", file=sys.stderr)
+        return
+    from efficap.ranks import is_first_to_say
+
+    if is_first_to_say(mistake):
+        print(f"error of rank {launch().rank}: {mistake}", file=sys.stderr)
 
 
 def _command() -> str:

@@ -36,6 +36,7 @@ from efficap.evaluation.scores import (
 )
 from efficap.evaluation.signature import signature
 from efficap.evaluation.sums import Parts
+from efficap.ranks import is_first, join, to_first
 
 SHEET = 12  # pictures of sheet.png
 
@@ -45,14 +46,16 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
 
     Writes RUN/eval/SPLIT/captions.json and results.json (COCO's results format, with COCO's numbers where the table has
     them), scores.json, pictures.parquet (what `python -m efficap.evaluation.compare` reads), report.html and sheet.png;
-    of an ensemble the same below its own folder.
+    of an ensemble the same below its own folder. Of several processes each captions its share of the pictures, and the
+    first does all else: the others return nothing.
 
     Raises:
         InputError: no such run, split or column, no Java, a GPU that is not there, runs that make no ensemble.
     """
+    join(gpu=cfg["accelerator"] != "cpu" and torch.cuda.is_available())
     check_metrics(cfg["metrics"])
     _check_counts(cfg)
-    if cfg["metrics"]:
+    if cfg["metrics"] and is_first():
         check_java()
     given = cfg["checks"]["instances"]
     instances = read_instances(Path(given).expanduser()) if given is not None else None
@@ -63,6 +66,10 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     out = subject.out / split
     probe = loss_probe(subject, cfg["checks"]["loss_pictures"])
     predictions, references = _captioned(subject, split)
+    if probe:
+        probe.gather()
+    if not is_first():
+        return {}
     _write_captions(out, predictions, data.coco_ids())
 
     scores: Scores = {"split": split, "images": len(predictions), "decoding": _described(writer.decoding)}
@@ -99,15 +106,14 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
 
 
 def _captioned(subject: Subject, split: str) -> tuple[dict[str, str], dict[str, list[str]]]:
-    """The caption and the references of each picture, by image id."""
-    predictions: dict[str, str] = {}
-    references: dict[str, list[str]] = {}
+    """The caption and the references of each picture, by image id; in the first process of all."""
+    own: dict[str, tuple[str, list[str]]] = {}
     with torch.inference_mode():
         for images, image_ids, texts in subject.batches(split):
             captions = (best.text for best, *_ in subject.writer.write(images, image_ids))
-            predictions |= dict(zip(image_ids, captions, strict=True))
-            references |= dict(zip(image_ids, texts, strict=True))
-    return predictions, references
+            own |= dict(zip(image_ids, zip(captions, texts, strict=True), strict=True))
+    every = {image_id: both for part in to_first(own) for image_id, both in part.items()}
+    return {i: caption for i, (caption, _) in every.items()}, {i: texts for i, (_, texts) in every.items()}
 
 
 def _signature(subject: Subject, cfg: dict[str, Any], references: dict[str, list[str]]) -> str:

@@ -12,6 +12,8 @@ from rich.text import Text
 
 from efficap.commands.evaluate import evaluate
 from efficap.errors import InputError
+from efficap.launch import launch
+from efficap.ranks import leave
 
 
 def evaluate_runs(cfg: dict[str, Any]) -> list[dict[str, Any]]:
@@ -23,7 +25,11 @@ def evaluate_runs(cfg: dict[str, Any]) -> list[dict[str, Any]]:
         InputError: one of several runs failed; no runs; or as `evaluate`.
     """
     if cfg["ensemble"] or not isinstance(cfg["run"], list):
-        return [evaluate(cfg)]
+        scores = evaluate(cfg)
+        leave()
+        return [scores]
+    if launch().world > 1:
+        raise InputError(f"run={cfg['run']}: several processes evaluate one run; start them for each")
     if not cfg["run"]:
         raise InputError("run=[] names no run; give some, as run=[outputs/a,outputs/b]")
     results: dict[str, dict[str, Any] | str] = {}

@@ -15,8 +15,10 @@ from efficap.data.module import CaptionData
 from efficap.decoding import Decoding
 from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
+from efficap.ranks import first_alone
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import RunMetrics
+from efficap.training.checkpoints import processes_of
 from efficap.training.feature_cache import cache_features
 from efficap.training.objective import build_module
 from efficap.training.stage import Stage
@@ -47,6 +49,10 @@ def fit(
         data: of each stage, prepared.
     """
     names, before = list(stages), None
+    if checkpoint:
+        begun_by = processes_of(checkpoint, data[stage.name])
+        for its_data in data.values():
+            its_data.begun_by = begun_by
     if len(names) > 1:
         print(f"{len(names)} stages: {', '.join(map(str, names))}")
     while True:
@@ -59,7 +65,14 @@ def fit(
         module = build_module(cfg, captioner, tokenizer, decoding, its_data)
         metrics = RunMetrics(run_dir, stage, before)
         callbacks = build_callbacks(cfg, run_dir, its_data, metrics)
-        trainer = build_trainer(cfg["trainer"], loggers, callbacks, run_dir, first_step=stage.steps)
+        trainer = build_trainer(
+            cfg["trainer"],
+            loggers,
+            callbacks,
+            run_dir,
+            first_step=stage.steps,
+            some_rest=cfg["training"].get("unfreeze_encoder_at") is not None,
+        )
         with explained(cfg):
             trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint)
         if stage.is_last:
@@ -78,13 +91,14 @@ def make_ready(captioner: CaptionModel, cfg: Settings, data: CaptionData) -> Non
     captioner.encoder.freeze(cfg["model"]["encoder"]["frozen"])
     captioner.train()  # self-critical training leaves it in evaluation mode
     captioner.zero_grad()  # gradients of what is frozen now would be clipped with the others
-    cache_features(
-        captioner.encoder,
-        data,
-        name=cfg["model"]["encoder"]["name"],
-        preprocessing=preprocessing(cfg["model"]),
-        device=choose_device(cfg["trainer"]["accelerator"]),
-    )
+    with first_alone(f"features {cfg['data']}"):
+        cache_features(
+            captioner.encoder,
+            data,
+            name=cfg["model"]["encoder"]["name"],
+            preprocessing=preprocessing(cfg["model"]),
+            device=choose_device(cfg["trainer"]["accelerator"]),
+        )
 
 
 def _print_plan(

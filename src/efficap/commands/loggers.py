@@ -14,7 +14,7 @@ from typing import Any
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger
+from lightning.pytorch.loggers import CSVLogger, Logger
 
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.provenance import provenance, without_secrets
@@ -22,6 +22,7 @@ from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
 from efficap.commands.sweep import is_sweep_job
 from efficap.commands.wandb_logger import GuestWandbLogger
 from efficap.models.weights import WEIGHTS_FILE
+from efficap.ranks import is_first
 from efficap.training.progress import METRICS_FILE
 
 _WANDB_FILE = "wandb.json"  # in a run directory: which of W&B's runs it is
@@ -33,12 +34,14 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     Args:
         log: rows of metrics.csv that a run that is gone on with begins with.
     """
+    if not is_first():
+        return [CSVLogger(run_dir, name="", version="")]  # of other ranks than the first it writes nothing
     loggers: list[Logger] = [MetricsLogger(run_dir, log)]
     if cfg["logger"]:
         told = without_secrets({**cfg, "provenance": provenance()})
         if cfg["logger"]["_target_"].endswith("WandbLogger"):
             logger = _wandb_logger(cfg["logger"], run_dir)
-            run = logger.experiment  # on other ranks than the first a stand-in
+            run = logger.experiment
             if isinstance(getattr(run, "sweep_id", None), str):  # W&B's agent lets nobody change what it set
                 swept = set(run.config.keys())
                 told = {f"{key}_settings" if key in swept else key: value for key, value in told.items()}

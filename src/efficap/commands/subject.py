@@ -23,6 +23,7 @@ from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing
+from efficap.ranks import rank
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble, Member
 from efficap.training.writer import CaptionWriter
@@ -67,6 +68,7 @@ class Subject:
             total=len(loaders[0]),
             console=Console(stderr=True),
             transient=True,
+            disable=rank() > 0,
         ):
             first = batches[0]
             assert all(batch.image_ids == first.image_ids for batch in batches)

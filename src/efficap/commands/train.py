@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Iterator
@@ -17,8 +18,9 @@ from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
+from efficap.commands.processes import check_processes, check_sharding, requeue
 from efficap.commands.resume import is_finished, leave_no_trace, log_until
-from efficap.commands.run_dir import RunDirectory, check_accelerator, write_run
+from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
@@ -26,8 +28,10 @@ from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
+from efficap.launch import launch
 from efficap.models.build import build_model, load_pretrained_parts, preprocessing
 from efficap.models.captioner import CaptionModel
+from efficap.ranks import first_alone, from_first, is_first, join, leave, losses_named, world_size
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
 from efficap.training.feature_cache import check_feature_cache
@@ -44,17 +48,27 @@ def train(cfg: dict[str, Any]) -> Path:
         InputError: before the first step, whatever can be known to be wrong by then.
     """
     leave_out_lightnings_chatter()
+    join(gpu=cfg["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available())
     asked = Path(cfg["output_dir"])
     with recorded(asked):
-        resolved, init_from, resumed = resolved_settings(cfg)
-        run_dir = Path(resolved["output_dir"])
-        if resumed and resumed.path != asked.resolve():
-            leave_no_trace(asked)
-        if resumed and cfg["resume"] in (None, "auto") and is_finished(resumed):
-            print(f"finished already: {run_dir}")
+        resolved, init_from, resumed, finished = from_first(lambda: _settings(cfg, asked))
+        if finished:
+            print(f"finished already: {resolved['output_dir']}")
         else:
             _train(resolved, init_from, resumed)
-    return run_dir
+    leave()
+    return Path(resolved["output_dir"])
+
+
+def _settings(
+    cfg: dict[str, Any], asked: Path
+) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None, bool]:
+    """`resolved_settings`, and whether the training is finished already."""
+    resolved, init_from, resumed = resolved_settings(cfg)
+    if resumed and resumed.path != asked.resolve():
+        leave_no_trace(asked)
+    finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
+    return resolved, init_from, resumed, finished
 
 
 def check_settings(cfg: dict[str, Any]) -> None:
@@ -64,6 +78,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
         InputError: a value that is none, out of range, or does not go with another.
     """
     check_trainer(cfg["trainer"])
+    check_processes(cfg["trainer"])
+    check_sharding(cfg)
     check_optimizer(**cfg["optimizer"])
     check_objective(cfg["training"], frozen=cfg["model"]["encoder"]["frozen"])
 
@@ -78,8 +94,9 @@ def best_score(run_dir: Path) -> float | None:
 def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDirectory | None) -> None:
     run_dir, stages = Path(cfg["output_dir"]), stages_of(cfg)
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
-    check_writable(run_dir)
-    check_java()
+    if is_first():
+        check_writable(run_dir)
+        check_java()
     decoding = build_decoding(cfg["decoding"])
     for name, settings in stages.items():
         with naming(name):
@@ -88,7 +105,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
     data = _data(stages)
-    tokenizer = _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from)
+    tokenizer = from_first(lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from))
     for its_data, name in _owners(data).items():
         with naming(name):
             its_data.prepare(tokenizer, **preprocessing(cfg["model"]), splits=["train", "val"])
@@ -97,13 +114,15 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     for name in stages:
         with naming(name):
             _check_length(captioner, "data.max_tokens", data[name].max_tokens)
-    checkpoint = checkpoint_of(resumed.path) if resumed else None
+    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
     if checkpoint:
         captioner.load_state_dict(captioners_weights(checkpoint))  # features are looked up by them
     elif init_from:
         load_from(init_from, captioner, tokenizer)
     else:
         load_pretrained_parts(captioner, cfg["model"])
+    if world_size() > 1 and choose_device(cfg["trainer"]["accelerator"]).type == "cuda":
+        captioner.encoder.share_statistics()
     if cfg["gradient_checkpointing"]:
         captioner.checkpoint_gradients()
     if cfg["compile"]:
@@ -112,14 +131,20 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
     make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
-    write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-    with begun(run_dir):
+    if is_first():
+        write_run(run_dir, {**cfg, "resume": None}, tokenizer)
+    with begun(run_dir) if is_first() else contextlib.nullcontext():
         try:
             loggers = build_loggers(cfg, run_dir, log)
-            fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
+            with losses_named():
+                fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
         except Stopped as stopped:
             finish_wandb(exit_code=stopped.exit_status)
-            print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+            if is_first():
+                print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+            leave()
+            if stopped.by_slurm and launch().rank == 0:
+                requeue()
             sys.exit(stopped.exit_status)
         except BaseException as error:
             finish_wandb(exit_code=1)
@@ -144,7 +169,8 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
                 made[key] = instantiate(cfg["data"])
             data[name] = made[key]
             check_feature_cache(data[name], frozen=cfg["model"]["encoder"]["frozen"])
-            data[name].prepare_data()
+            with first_alone(f"prepare {key}"):
+                data[name].prepare_data()
     return data
 
 

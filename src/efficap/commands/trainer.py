@@ -15,6 +15,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from efficap.commands.processes import strategy_settings
 from efficap.data.module import CaptionData
 from efficap.errors import InputError
 from efficap.training.bad_steps import BadSteps
@@ -34,6 +35,9 @@ def leave_out_lightnings_chatter() -> None:
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the data module counts
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
+    warnings.filterwarnings(
+        "ignore", message=".*sync_dist=True"
+    )  # what is logged is of all processes already
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
 
 
@@ -59,14 +63,20 @@ def build_trainer(
     run_dir: Path,
     *,
     first_step: int,
+    some_rest: bool,
 ) -> pl.Trainer:
-    """The trainer of a stage, which counts its own steps; loggers are told those of the stages before, too."""
+    """The trainer of a stage, which counts its own steps; loggers are told those of the stages before, too.
+
+    Args:
+        some_rest: whether some parameters that learn do not do so in each step.
+    """
     settings = dict(settings)
     if settings["precision"] is None:
         on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
         settings["precision"] = (
             "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
         )
+    settings |= strategy_settings(settings.get("strategy"), some_rest=some_rest)
     if settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar()]
     trainer = pl.Trainer(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +24,7 @@ from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable, read_table
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
+from efficap.ranks import gathered, rank, world_size
 
 
 class CSVDataModule(CaptionDataModule):
@@ -157,7 +159,7 @@ class CSVDataModule(CaptionDataModule):
         return "; ".join(self.notes()) or "it has no picture"
 
     def _checked(self, table: CaptionTable) -> CaptionTable:
-        """The table without the pictures that cannot be decoded."""
+        """The table without the pictures that cannot be decoded; each process looks at its share of them."""
 
         def why_bad(file: Path) -> PictureError | None:
             try:
@@ -167,8 +169,9 @@ class CSVDataModule(CaptionDataModule):
                 return error
             return None
 
-        files = table.files
-        broken = set()
+        mine = slice(rank(), None, world_size())
+        files = table.files[mine]
+        found: list[tuple[int, str, str, str]] = []
         with ThreadPoolExecutor() as threads:
             console = Console(stderr=True)
             reasons = track(
@@ -177,13 +180,16 @@ class CSVDataModule(CaptionDataModule):
                 total=len(files),
                 transient=True,
                 console=console,
-                disable=not console.is_terminal,
+                disable=not console.is_terminal or rank() > 0,
             )
-            for image_id, file, error in zip(table.image_ids, files, reasons, strict=True):
+            for place, file, error in zip(range(len(table))[mine], files, reasons, strict=True):
                 if error is not None:
-                    broken.add(image_id)
-                    self.bad_samples.add(str(file), error.reason, error.detail)
-        return table.without(broken) if broken else table
+                    found.append((place, str(file), error.reason, error.detail))
+        bad = sorted(itertools.chain(*gathered(found)))
+        for _, name, reason, detail in bad:
+            self.bad_samples.add(name, reason, detail)
+        image_ids = table.image_ids if bad else []
+        return table.without({image_ids[place] for place, *_ in bad}) if bad else table
 
     def _learnable(self, table: CaptionTable) -> CaptionTable:
         """The table with the captions that training learns from, and without pictures that have none."""

@@ -103,7 +103,7 @@ class MixedDataModule(CaptionData):
 
     def train_dataloader(self) -> MixedLoader:
         for source in self._all():
-            source.trainer = self.trainer
+            source.trainer, source.begun_by = self.trainer, self.begun_by
         loaders = {name: source.train_dataloader() for name, source in self.sources.items()}
 
         if self.epochs is not None:

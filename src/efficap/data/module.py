@@ -20,6 +20,7 @@ from efficap.data.order import BatchOrder, EvaluationOrder, Order
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
+from efficap.ranks import rank, world_size
 from efficap.tokenizer import CaptionTokenizer
 
 _log = logging.getLogger(__name__)
@@ -33,18 +34,21 @@ class CaptionData(pl.LightningDataModule, ABC):
         max_tokens: longest caption in tokens, BOS and EOS counted.
         batch_size: B of one process.
         first_epoch: of the training's, that its trainer counts as 0: the order goes on from the stages before.
+        begun_by: processes that the training was begun with, whose batches together are a step's; None: those of now.
     """
 
     captions_per_image: int
     max_tokens: int
     batch_size: int
     first_epoch: int = 0
+    begun_by: int | None = None
     _resumed: Place | None = None  # where the first epoch after resuming goes on
     _training: Placed | None = None  # the loader of the training
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data; Lightning keeps it in its checkpoints."""
-        return {"place": list(self._training.place) if self._training is not None else [0, 0]}
+        place = list(self._training.place) if self._training is not None else [0, 0]
+        return {"place": place, "processes": self.begun_by or self._ranks[1]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         epoch, batch = state_dict["place"]
@@ -59,6 +63,11 @@ class CaptionData(pl.LightningDataModule, ABC):
         place, self._resumed = self._resumed, None
         epoch = self.first_epoch + (self.trainer.current_epoch if self.trainer else 0)
         return place if place is not None and place[0] == epoch else (epoch, 0)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (rank(), world_size())
 
     def training_batch(self, epoch: int, first: int, image_ids: list[str]) -> CaptionBatch:
         """A batch of the training once more: of `epoch`, its batch `first` or the next one of these pictures.
@@ -249,18 +258,18 @@ class CaptionDataModule(CaptionData):
         return dict(self.bad_samples.counts)
 
     @property
-    def _ranks(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (0, 1)
-
-    @property
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _training_order(self, order: Order) -> BatchOrder:
         rank, world = self._ranks
         batches = BatchOrder(
-            order, batch_size=self.batch_size, rank=rank, world=world, steps_per_epoch=self.steps_per_epoch
+            order,
+            batch_size=self.batch_size,
+            rank=rank,
+            world=world,
+            steps_per_epoch=self.steps_per_epoch,
+            begun_by=self.begun_by,
         )
         if batches.lost and rank == 0:
             _log.warning(

@@ -107,17 +107,27 @@ class BatchOrder(Sampler[list[Key]]):
         rank, world: this rank, and W.
         steps_per_epoch: batches that make an epoch, for data without end: the next epoch goes on where this one
             stopped, and round again. None: an epoch is once through the data.
+        begun_by: ranks whose B samples each are a step's; None: W. Other ranks that go on with a training share the
+            same samples.
 
     Attributes:
         epoch, first: an iteration gives the batches of this epoch, from this one on.
         lost: samples that an epoch leaves out, as W ranks cannot share them.
+        largest: samples of a rank's largest batch.
 
     Raises:
-        InputError: fewer samples than ranks.
+        InputError: fewer samples than ranks, of all or of a step.
     """
 
     def __init__(
-        self, order: Order, *, batch_size: int, rank: int, world: int, steps_per_epoch: int | None = None
+        self,
+        order: Order,
+        *,
+        batch_size: int,
+        rank: int,
+        world: int,
+        steps_per_epoch: int | None = None,
+        begun_by: int | None = None,
     ) -> None:
         if order.size < world:
             raise InputError(
@@ -126,12 +136,18 @@ class BatchOrder(Sampler[list[Key]]):
         self.order, self.rank, self.world = order, rank, world
         self.steps_per_epoch = steps_per_epoch
         self.epoch = self.first = 0
-        self._global = batch_size * world  # samples of all ranks' batches together
+        self._global = batch_size * (begun_by or world)  # samples of all ranks' batches together
+        if self._global < world:
+            raise InputError(
+                f"a step's {self._global} pictures, as the training was begun with, are fewer than the {world} "
+                "processes that share them; start fewer"
+            )
+        self.largest = -(-self._global // world)
         self._steps = -(-order.size // self._global)
         rest = order.size - max(0, self._steps - 2) * self._global
         self._last = [rest] if self._steps == 1 else [rest - rest // 2, rest // 2]
         self.lost = 0
-        if self._last[-1] < world:  # not one for each rank
+        if self._last[-1] < max(world, begun_by or 0):  # not one for each rank
             self._steps, self._last, self.lost = self._steps - 1, [self._global], rest - self._global
 
     def __len__(self) -> int:
@@ -167,18 +183,34 @@ class BatchOrder(Sampler[list[Key]]):
 
 
 class EvaluationOrder(Sampler[list[Key]]):
-    """Every sample once, in turn; a rank takes each W-th batch."""
+    """Every sample once, in turn; a rank has its part of them without gaps, in as many batches as any other.
+
+    Attributes:
+        largest: samples of a rank's largest batch.
+
+    Raises:
+        InputError: fewer samples than ranks.
+    """
 
     def __init__(self, size: int, *, batch_size: int, rank: int, world: int) -> None:
-        self.starts = range(rank * batch_size, size, batch_size * world)
-        self.size, self.batch_size = size, batch_size
+        if world > 1 and size < world:
+            raise InputError(
+                f"{size} pictures to be captioned are fewer than the {world} processes that share them"
+            )
+        self.part = range(size * rank // world, size * (rank + 1) // world)
+        most = -(-size // world)  # samples of a rank
+        self.count = min(-(-most // batch_size), size // world)
+        self.batch_size, self.largest = batch_size, batch_size if world == 1 else max(2, batch_size)
 
     def __len__(self) -> int:
-        return len(self.starts)
+        return self.count
 
     def __iter__(self) -> Iterator[list[Key]]:
-        for start in self.starts:
-            yield [(0, sample) for sample in range(start, min(self.size, start + self.batch_size))]
+        rest = self.part
+        for to_come in reversed(range(self.count)):  # each of which needs a sample
+            batch = rest[: min(self.batch_size, len(rest) - to_come)] if to_come else rest
+            rest = rest[len(batch) :]
+            yield [(0, sample) for sample in batch]
 
 
 def turn(count: int, wanted: int, *, seed: int, time: int, sample: int) -> list[int]:

@@ -22,6 +22,7 @@ from efficap.data.shards.reader import ShardReader
 from efficap.data.shards.tar import Broken
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
+from efficap.ranks import first_alone
 
 LEARN_FROM = 200_000  # captions that a tokenizer is learned from
 
@@ -84,9 +85,13 @@ class WebDatasetDataModule(CaptionDataModule):
                 f"there is {have}"
             )
         tars = self._find(split)
-        headers = ensure_indexes(
-            tars, index_dir=self.index_dir, max_pixels=self.max_pixels, workers=len(os.sched_getaffinity(0))
-        )
+        with first_alone(f"index {tars}"):
+            headers = ensure_indexes(
+                tars,
+                index_dir=self.index_dir,
+                max_pixels=self.max_pixels,
+                workers=len(os.sched_getaffinity(0)),
+            )
         for tar in tars:
             self._count_bad(tar, headers[tar])
         reader = ShardReader(
@@ -185,7 +190,7 @@ class WebDatasetDataModule(CaptionDataModule):
             on_cut=self._count_cut,
             max_pixels=self.max_pixels,
             seed=self.seed,
-            batch_size=self.batch_size,
+            batch_size=order.largest,
             num_readers=max(1, self.num_workers),
             num_threads=self.num_threads,
             device=self._device,

@@ -13,6 +13,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 
 from efficap.errors import InputError
@@ -154,6 +155,13 @@ class ImageEncoder(nn.Module):
         """Like any module's, but a frozen encoder stays in evaluation mode."""
         super().train(mode and not self.frozen)
         return self
+
+    def share_statistics(self) -> None:
+        """From now on let BatchNorm take its statistics from the pictures of all processes, each of which has a GPU.
+
+        By timm's converter: torch's would leave out the activation that timm's BatchNorm has in it.
+        """
+        self.backbone = convert_sync_batchnorm(self.backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map (B, 3, H, W) uint8 pictures to their (B, C, h, w) feature maps."""

@@ -31,6 +31,8 @@ from efficap.evaluation.pictures import PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, plot_curves, write_gallery
 from efficap.evaluation.results import replacing
 from efficap.models.weights import save_weights
+from efficap.ranks import largest, summed
+from efficap.training.checkpoints import others_let_go
 from efficap.training.module import CaptionModule
 from efficap.training.progress import METRICS_FILE, SAMPLES_FILE
 from efficap.training.stage import Stage
@@ -86,25 +88,33 @@ class BestCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_end(trainer, pl_module)
+        best = self.best_model_score
+        weights = (
+            trainer.strategy.lightning_module_state_dict() if best is None else None
+        )  # shards come together
         if not trainer.is_global_zero:
             return
         with _or_the_end("the weights", self.run_dir):
-            if self.best_model_score is None:
-                self._export(pl_module.state_dict())
-            elif self.best_model_score is not self._exported:  # the disk had no room for them
+            if weights is not None:
+                self._export(weights)
+            elif best is not self._exported:  # the disk had no room for them
                 self._export_best()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        before = copy.deepcopy(self.state_dict())
+        before, failed = copy.deepcopy(self.state_dict()), False
         try:
-            super().on_validation_end(trainer, pl_module)
+            with others_let_go(trainer):
+                super().on_validation_end(trainer, pl_module)
         except OSError as error:
             warnings.warn(f"the best weights could not be kept, training goes on: {error}", stacklevel=1)
+            failed = True
+        if largest(failed)[0]:
             self.load_state_dict(before)
-        if self.best_model_score is self._exported or not trainer.is_global_zero:
+        if self.best_model_score is self._exported:
             return
-        with _only_warning("the best weights"):
-            self._export_best()
+        if trainer.is_global_zero:
+            with _only_warning("the best weights"):
+                self._export_best()
 
     def _export_best(self) -> None:
         checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True, mmap=True)
@@ -116,7 +126,7 @@ class BestCheckpoint(ModelCheckpoint):
 
 
 class RunMetrics(Callback):
-    """Counts image-caption pairs, their rate and steps left out, and keeps metrics.json and curves.png up to date.
+    """Counts pairs of all processes, their rate and steps left out, and keeps metrics.json and curves.png up to date.
 
     The rate is of training alone: validations are not counted in its time.
 
@@ -162,7 +172,7 @@ class RunMetrics(Callback):
         batch: CaptionBatch,
         batch_idx: int,
     ) -> None:
-        pairs = (batch.lengths > 0).sum()
+        pairs = summed((batch.lengths > 0).sum())
         self.pairs = pairs if self.pairs is None else self.pairs.to(pairs.device) + pairs
         if self._steps(trainer) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
             pl_module.log("train/pairs_per_second", self._rate())

@@ -6,6 +6,7 @@ schedule, counts and scores are in it; the order of the pictures and all chance 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import signal
@@ -13,6 +14,7 @@ import threading
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -23,11 +25,14 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 
+from efficap.data.module import CaptionData
 from efficap.errors import InputError
+from efficap.ranks import largest
 from efficap.training.stage import Stage
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SLURMS = signal.SIGUSR1  # what sbatch --signal=USR1@SECONDS has it send before the time is over
 
 
 class Stopped(BaseException):
@@ -35,17 +40,20 @@ class Stopped(BaseException):
 
     Attributes:
         exit_status: as a shell has it for a process that the signal ended.
+        by_slurm: whether it was the warning that a job's time is nearly over.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
         self.exit_status = 128 + number
+        self.by_slurm = number == _SLURMS
 
 
 class ResumePoint(Callback):
     """Writes ``checkpoints/last.ckpt`` now and then, before each validation, and when a signal asks training to end.
 
-    SIGTERM and Ctrl-C are heard between two steps, or two batches of a validation; a second one ends at once.
+    SIGTERM and Ctrl-C are heard between two steps, or two batches of a validation; a second one ends at once. Where one
+    of several processes hears it, all end after the same step. In a job of SLURM's SIGUSR1 is heard, too.
 
     Args:
         run_dir: the run directory.
@@ -65,7 +73,9 @@ class ResumePoint(Callback):
                 raise InputError(f"checkpoint.{name}={value} must be above 0; null: not by this")
         self.folder, self.stage, self.seed = run_dir / "checkpoints", stage, seed
         self.every_minutes, self.every_steps = every_minutes, every_steps
-        self._end: BaseException | None = None  # what ends the training as soon as there is a checkpoint
+        self._signal: int | None = None  # that this process has heard
+        self._agreed: int | None = None  # that one of all has heard
+        self._failure: Exception | None = None  # what else ends the training, of all processes
         self._handlers: dict[int, Any] = {}
         self._saved_at, self._saved_step = 0.0, 0
         self._is_written = False  # and not yet in its place
@@ -104,24 +114,25 @@ class ResumePoint(Callback):
         is_step = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
         # At an epoch's end Lightning cannot go on, and a validation that is about to begin has its own checkpoint.
         possible = is_step and not trainer.is_last_batch
-        if (
-            possible
-            and self._is_due(trainer)
-            and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher)
-        ):
+        is_due = self._is_due(trainer)
+        if possible and is_due and not loop._should_check_val_fx(trainer.fit_loop._data_fetcher):
             self._write(trainer)
 
     def end_with(self, error: Exception) -> None:
-        """Let training end as on a signal, with a checkpoint, and then raise `error`."""
-        self._end = self._end or error
+        """Let training end as on a signal, with a checkpoint, and then raise `error`; all processes are to ask for it."""
+        self._failure = self._failure or error
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60
-        return (
-            self._end is not None
-            or (self.every_minutes is not None and minutes >= self.every_minutes)
-            or (self.every_steps is not None and trainer.global_step - self._saved_step >= self.every_steps)
-        )
+        by_clock = self.every_minutes is not None and minutes >= self.every_minutes
+        by_steps = self.every_steps is not None and trainer.global_step - self._saved_step >= self.every_steps
+        return self._agree(by_clock or by_steps) or self._agreed is not None or self._failure is not None
+
+    def _agree(self, due: bool = False) -> bool:
+        """Learn whether a process has heard a signal; whether a checkpoint is due by the clock of one."""
+        heard, is_due = largest(self._signal or 0, int(due))
+        self._agreed = heard or None
+        return bool(is_due)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
@@ -132,16 +143,19 @@ class ResumePoint(Callback):
             self._publish()
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
+        self._agree()
         self._stop_if_asked()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.stage.is_last:
+            self._agree()
             self._stop_if_asked()
 
     def _write(self, trainer: pl.Trainer) -> None:
         temporary = self.folder / f"{LAST}.tmp"
         try:
-            trainer.save_checkpoint(temporary)
+            with others_let_go(trainer):
+                trainer.save_checkpoint(temporary)
             if trainer.is_global_zero:
                 _sync(temporary)
                 if reason := damage(temporary):
@@ -166,22 +180,35 @@ class ResumePoint(Callback):
     def _listen(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python lets no other hear signals
-        for number in _SIGNALS:
+        for number in (*_SIGNALS, *([_SLURMS] if "SLURM_JOB_ID" in os.environ else [])):
             self._handlers[number] = signal.signal(number, self._hear)
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
-        if isinstance(self._end, Stopped):
+        if self._signal is not None and number != _SLURMS:
             os._exit(128 + number)
-        self._end = Stopped(number)
+        self._signal = number
 
     def _stop_if_asked(self) -> None:
-        if self._end is not None:
-            raise self._end
+        if self._agreed is not None:
+            raise Stopped(self._agreed)
+        if self._failure is not None:
+            raise self._failure
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+@contextlib.contextmanager
+def others_let_go(trainer: pl.Trainer) -> Iterator[None]:
+    """Where the first process cannot write a checkpoint, let the others not wait for it at Lightning's barrier."""
+    try:
+        yield
+    except (OSError, RuntimeError):
+        if trainer.is_global_zero:
+            trainer.strategy.barrier()
+        raise
 
 
 def checkpoint_of(run_dir: Path) -> Path:
@@ -207,6 +234,16 @@ def stage_of(checkpoint: Path) -> Stage:
     """The stage that a checkpoint was written in."""
     state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
     return Stage(**state["callbacks"]["RunMetrics"].get("stage", {}))  # from before there were stages
+
+
+def processes_of(checkpoint: Path, data: CaptionData) -> int | None:
+    """The processes that the training was begun with; None where they were not counted yet.
+
+    Lightning restores the data after the loaders are made, where weights are in shards.
+    """
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+    found: int | None = state[type(data).__qualname__].get("processes")
+    return found
 
 
 def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -5,7 +5,8 @@ B = 1 image, K captions of it, T tokens, N positions of the memory, D width.
 
 from __future__ import annotations
 
-import random
+import bisect
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from efficap.batch import next_token_places
 from efficap.evaluation.grounding import SEED, exchanged
 from efficap.models.captioner import CaptionModel
+from efficap.ranks import to_first
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import memory_loss
 
@@ -35,10 +37,12 @@ class Losses(NamedTuple):
 class GapProbe:
     """Keeps the memories of some pictures as they are encoded for captioning, so that none is encoded twice.
 
+    Which they are depends on their names alone: the same are kept whoever encodes them, and in whatever order.
+
     Args:
         captioner: the model, in evaluation mode.
         tokenizer: its tokenizer.
-        pictures: at most as many are kept, drawn evenly from all; 0 keeps none. A picture of `small` takes half a
+        pictures: at most as many are kept, each as likely as any other; 0 keeps none. A picture of `small` takes half a
             megabyte of the main memory.
         max_tokens: of a caption, as in training.
     """
@@ -49,31 +53,31 @@ class GapProbe:
         self.captioner, self.tokenizer = captioner, tokenizer
         self.pictures, self.max_tokens = pictures, max_tokens
         self._kept: dict[str, Tensor] = {}  # image id -> (N, D)
-        self._order: list[str] = []
-        self._seen: set[str] = set()
-        self._random = random.Random(SEED)
+        self._order: list[
+            tuple[bytes, str]
+        ] = []  # the kept by the digest of their names; the last goes first
 
     def keep(self, image_ids: Sequence[str], memory: Tensor) -> None:
         """Take from (B, N, D) the memories to keep; of a picture that comes again nothing is taken."""
         for image_id, own in zip(image_ids, memory, strict=True):
-            if image_id in self._seen:
+            digest = hashlib.blake2b(f"{SEED} {image_id}".encode(errors="surrogatepass")).digest()
+            is_full = len(self._order) >= self.pictures
+            if image_id in self._kept or (is_full and (digest, image_id) > max(self._order[-1:], default=())):
                 continue
-            self._seen.add(image_id)
-            place = len(self._order)
-            if place >= self.pictures:  # Vitter 1985: all pictures so far are as likely to be among the kept
-                place = self._random.randrange(len(self._seen))
-                if place >= self.pictures:
-                    continue
-                del self._kept[self._order[place]]
-                self._order[place] = image_id
-            else:
-                self._order.append(image_id)
+            if is_full:
+                del self._kept[self._order.pop()[1]]
+            bisect.insort(self._order, (digest, image_id))
             self._kept[image_id] = own.to("cpu", copy=True)
+
+    def gather(self) -> None:
+        """Let the first process have what all have kept, as if it had encoded all pictures."""
+        for part in to_first(self._kept):
+            self.keep(list(part), torch.stack(list(part.values())) if part else torch.empty(0))
 
     @torch.no_grad()
     def losses(self, references: Mapping[str, Sequence[str]]) -> Losses:
         """The losses of the kept pictures that have references; none where those are fewer than two."""
-        image_ids = [image_id for image_id in self._order if references[image_id]]
+        image_ids = [image_id for image_id, texts in references.items() if texts and image_id in self._kept]
         if len(image_ids) < 2:
             return Losses([], [])
         other_of = exchanged(image_ids)

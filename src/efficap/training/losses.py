@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
 from efficap.models.linear import linear
+from efficap.ranks import summed, world_size
 from efficap.training.augment import drop_tokens
 
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
@@ -74,6 +75,22 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
     with torch.autocast(device, enabled=False):
         total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, label_smoothing)
     return total / max(1, len(targets))
+
+
+def shared_loss(mean: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
+    """What a process is to train on so that the mean of all processes' gradients is that over all their tokens.
+
+    Args:
+        mean: the loss over this process's own tokens.
+        tokens: of this process.
+
+    Returns:
+        The loss to train on, and the mean over all tokens, to be shown.
+    """
+    if world_size() == 1:
+        return mean, mean
+    total, count = summed(torch.stack([tokens * mean.detach(), mean.new_tensor(tokens)]))
+    return mean * (tokens * world_size() / count), total / count
 
 
 class _SummedCrossEntropy(Function):

@@ -13,19 +13,21 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from efficap.batch import CaptionBatch
 from efficap.decoding import Decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import distinct_share, score_captions
 from efficap.models.captioner import CaptionModel
+from efficap.ranks import agreed, from_first, summed, to_first
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.augment import STEP, growing_size, resized
-from efficap.training.losses import batch_loss
+from efficap.training.losses import batch_loss, shared_loss
 from efficap.training.optim import build_adamw
+from efficap.training.sharding import bring_together, shard
 from efficap.training.writer import CaptionWriter
 
 VALIDATION_METRICS = ("BLEU", "CIDEr")  # METEOR alone takes longer to start than these take
@@ -76,6 +78,12 @@ class CaptionModule(pl.LightningModule):
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
+        self._loss = torch.zeros(2)  # of a validation: the sum, and how many tokens
+
+    def configure_model(self) -> None:
+        """Called by Lightning; its strategy for shards has told the module between which processes."""
+        if self._device_mesh is not None:
+            shard(self.captioner, self._device_mesh["data_parallel"])
 
     def on_train_batch_start(self, batch: CaptionBatch, _: int) -> None:
         if self.unfreeze_encoder_at is not None:
@@ -89,15 +97,21 @@ class CaptionModule(pl.LightningModule):
         loss = batch_loss(
             self.captioner, batch, label_smoothing=self.label_smoothing, token_dropout=self.token_dropout
         )
-        self.log("train/loss", loss, prog_bar=True, batch_size=len(batch))
+        loss, shown = shared_loss(loss, len(batch.places))
+        self.log("train/loss", shown, prog_bar=True, batch_size=len(batch))
         return loss
 
     def on_validation_epoch_start(self) -> None:
         self.predictions, self.references = {}, {}
+        self._loss = torch.zeros(2, device=self.device)
+        if self._device_mesh is not None:
+            bring_together(self.captioner, True)
 
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
-        loss = batch_loss(self.captioner, batch, label_smoothing=0.0)
-        self.log("val/loss", loss, prog_bar=True, batch_size=len(batch.places), sync_dist=True)
+        if self.predictions.keys() >= set(batch.image_ids):
+            return  # it stands for one of which nothing could be read
+        loss, tokens = batch_loss(self.captioner, batch, label_smoothing=0.0), len(batch.places)
+        self._loss += torch.stack([tokens * loss, loss.new_tensor(tokens)])
         written = self.writer.write(batch.images, batch.image_ids)
         assert batch.references is not None
         captions = (best.text for best, *_ in written)
@@ -105,15 +119,25 @@ class CaptionModule(pl.LightningModule):
         self.references |= dict(zip(batch.image_ids, batch.references, strict=True))
 
     def on_validation_epoch_end(self) -> None:
-        self.predictions, self.references = _gather(self.predictions), _gather(self.references)
-        scores = score_captions(self.predictions, self.references, metrics=VALIDATION_METRICS)
+        if self._device_mesh is not None:
+            bring_together(self.captioner, False)
+        total, tokens = summed(self._loss)
+        self.log("val/loss", total / tokens, prog_bar=True)
+        self.predictions = {key: text for part in to_first(self.predictions) for key, text in part.items()}
+        self.references = {key: texts for part in to_first(self.references) for key, texts in part.items()}
+        for metric, value in from_first(self._scores).items():
+            self.log(f"val/{metric}", value, prog_bar=metric != "distinct")
+
+    def _scores(self) -> dict[str, float]:
+        found = score_captions(self.predictions, self.references, metrics=VALIDATION_METRICS)
+        scores = {}
         for metric in ("CIDEr", "BLEU-4"):
-            value = scores[metric]
+            value = found[metric]
             if not isinstance(value, float):
-                warnings.warn(f"val/{metric} failed: {scores}", stacklevel=1)
+                warnings.warn(f"val/{metric} failed: {found}", stacklevel=1)
                 value = math.nan  # never the best, and training goes on
-            self.log(f"val/{metric}", value, prog_bar=True)
-        self.log("val/distinct", distinct_share(list(self.predictions.values())))
+            scores[metric] = value
+        return {**scores, "distinct": distinct_share(list(self.predictions.values()))}
 
     def configure_optimizers(self) -> Any:
         optimizer, schedule = build_adamw(
@@ -135,17 +159,18 @@ class CaptionModule(pl.LightningModule):
             torch.nn.utils.clip_grad_value_(self.captioner.parameters(), self.clip_value)
         if gradient_clip_val:
             norm = torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self.log("train/grad_norm", norm)  # a tensor: no step waits for it
 
     def progress(self, step: int) -> float:
         """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""
-        shares = [step / float(self.trainer.estimated_stepping_batches)]
+        by_steps = step / float(self.trainer.estimated_stepping_batches)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, Timer):
                 elapsed, remaining = callback.time_elapsed(), callback.time_remaining()
                 if remaining is not None:
-                    shares.append(elapsed / (elapsed + remaining))
-        return max(shares)
+                    return max(by_steps, agreed(elapsed / (elapsed + remaining)))  # clocks differ
+        return by_steps
 
 
 def check_settings(
@@ -174,12 +199,3 @@ def check_unfreezing(unfreeze_encoder_at: float | None, *, frozen: bool) -> None
             f"training.unfreeze_encoder_at={unfreeze_encoder_at} must not come with model.encoder.frozen=true, "
             "which freezes it for good; leave out one of the two"
         )
-
-
-def _gather(mine: dict[str, Any]) -> dict[str, Any]:
-    """All processes' entries; a picture that a distributed sampler repeats counts once."""
-    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
-        return mine
-    parts: list[dict[str, Any]] = [{} for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(parts, mine)
-    return {key: value for part in parts for key, value in part.items()}

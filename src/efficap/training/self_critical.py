@@ -23,6 +23,7 @@ from efficap.evaluation.cider_d import CiderD
 from efficap.models.captioner import CaptionModel, DecodingState
 from efficap.models.linear import linear
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.losses import shared_loss
 from efficap.training.module import CaptionModule
 
 BASELINES = ("leave_one_out", "greedy")
@@ -120,10 +121,10 @@ class SelfCriticalModule(CaptionModule):
             advantage[..., None].expand(tokens.shape).flatten()[places],
             temperature=self.sampling.temperature,
         )
-        self.log("train/reward", reward.mean(), prog_bar=True, batch_size=len(batch))
-        self.log("train/length", sampled.lengths.float().mean(), batch_size=len(batch))
-        self.log("train/ended", sampled.ended.float().mean(), batch_size=len(batch))
-        return loss
+        self.log("train/reward", reward.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
+        self.log("train/length", sampled.lengths.float().mean(), batch_size=len(batch), sync_dist=True)
+        self.log("train/ended", sampled.ended.float().mean(), batch_size=len(batch), sync_dist=True)
+        return shared_loss(loss, len(places))[0]
 
     def _written(self, memory: Tensor, image_ids: list[str]) -> tuple[Decoded, Decoded | None]:
         """The samples, and the greedy captions where they are the baseline."""

@@ -1,0 +1,259 @@
+"""Two processes, started by torchrun and joined by gloo, train and evaluate as one does; none is left behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import compose, tiny_overrides, write_colour_table
+from safetensors.torch import load_file
+from test_resume import assert_equal_runs, die_at, terminate
+from test_scst import said
+
+from efficap.commands.evaluate import evaluate
+from efficap.commands.train import train
+from efficap.training.checkpoints import LAST
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+TOGETHER = 8  # pictures of a step
+ALIKE = [  # what one process and two can do alike: BatchNorm on a CPU takes a process's own pictures
+    "model.encoder.frozen=true",
+    "data.captions_per_image=1",  # so that the shares of a step have different numbers of tokens
+    "trainer.max_epochs=7",  # of 3 steps
+    "trainer.check_val_every_n_epoch=3",
+    "checkpoint.every_steps=2",
+]
+# Notes what each rank trains on, and lets one of them send itself a signal in a step.
+NOTED = """
+import os
+from efficap.commands.entry import run
+
+def main(cfg):
+    from efficap.commands.train import best_score, train
+    from efficap.training.module import CaptionModule
+    step = CaptionModule.training_step
+    number, rank, at = map(int, os.environ.get("SIGNAL", "0 0 -1").split())
+
+    def noted(self, batch, place):
+        with open(f"{os.environ['SEEN']}/{self.global_rank}.txt", "a") as file:
+            print(self.global_step, *batch.image_ids, file=file)
+        if self.global_rank == rank and self.global_step == at:
+            os.kill(os.getpid(), number)
+        return step(self, batch, place)
+
+    CaptionModule.training_step = noted
+    return best_score(train(cfg))
+
+if __name__ == "__main__":
+    run("train", main)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_colour_table(tmp_path_factory.mktemp("ranks") / "colours", train=24, val=7, test=7)
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> Path:
+    """A training by one process."""
+    run = folder.parent / "alone"
+    return train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
+
+
+def torchrun(
+    script: Path, *overrides: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(str(script), *overrides),
+        ],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def two_train(
+    folder: Path, run: Path, *overrides: str, strategy: str = "ddp", **environment: str
+) -> subprocess.CompletedProcess[str]:
+    run.parent.mkdir(exist_ok=True)
+    (run.parent / "noted.py").write_text(NOTED)
+    arguments = [argument for argument in tiny_overrides(folder, run) if argument != "trainer=cpu"]
+    both = [f"trainer={strategy}", "trainer.accelerator=cpu", f"data.batch_size={TOGETHER // 2}"]
+    return torchrun(
+        *(run.parent / "noted.py", *arguments, *both, *ALIKE, *overrides),
+        cwd=run.parent,
+        SEEN=str(run.parent),
+        **environment,
+    )
+
+
+def seen(folder: Path, rank: int) -> list[list[str]]:
+    """The pictures of each step that a rank took, behind the step's number."""
+    return [line.split() for line in (folder / f"{rank}.txt").read_text().splitlines()]
+
+
+def assert_like(run: Path, expected: Path) -> None:
+    """The same losses and scores at each step, and the same weights, but for rounding."""
+    ours, theirs = (
+        pd.read_csv(path / "metrics.csv")
+        .groupby("step")
+        .first()
+        .filter(regex="loss|CIDEr|BLEU|distinct|pairs$")
+        for path in (run, expected)
+    )
+    assert len(theirs) >= 20
+    assert list(ours.index) == list(theirs.index)
+    for column in theirs:
+        np.testing.assert_allclose(ours[column], theirs[column], atol=1e-5, rtol=0, err_msg=str(column))
+    weights, wanted = load_file(run / "model.safetensors"), load_file(expected / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    for name, value in wanted.items():
+        np.testing.assert_allclose(weights[name], value, atol=1e-4, rtol=0, err_msg=name)
+    metrics, wanted_metrics = (json.loads((path / "metrics.json").read_text()) for path in (run, expected))
+    for key in ("finished", "steps", "epochs", "pairs"):
+        assert metrics[key] == wanted_metrics[key], key
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_as_one_with_the_same_pictures_a_step(
+    folder: Path, alone: Path, tmp_path: Path, strategy: str
+) -> None:
+    done = two_train(folder, tmp_path / "two" / "run", strategy=strategy)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_like(tmp_path / "two" / "run", alone)
+    assert done.stdout.count("run directory: ") == 1, "the first alone prints"
+    assert {path.name for path in (tmp_path / "two").iterdir()} == {
+        "run",
+        "noted.py",
+        "0.txt",
+        "1.txt",
+        "outputs",
+    }
+    steps = list(zip(seen(tmp_path / "two", 0), seen(tmp_path / "two", 1), strict=True))
+    epoch = [image for first, second in steps[:3] for image in (*first[1:], *second[1:])]
+    assert Counter(epoch) == Counter(f"train_{n}.jpg" for n in range(24)), "each picture once an epoch"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(
+    folder: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    run = tmp_path / "two" / "run"
+    stopped = two_train(folder, run, strategy=strategy, SIGNAL=f"{int(signal.SIGTERM)} 1 7")
+    assert stopped.returncode != 0
+    assert stopped.stderr.count(f"stopped by SIGTERM; python train.py resume={run} goes on") == 1
+    assert re.search(r"exitcode *: 143", stopped.stderr), "torchrun tells what became of its processes"
+    first, second = (seen(tmp_path / "two", rank) for rank in range(2))
+    assert [step[0] for step in first] == [step[0] for step in second] == [str(n) for n in range(8)]
+    said(monkeypatch, f"resume={run}", "trainer.strategy=null")
+    train(compose("train", "name=x", "output_dir=x", f"resume={run}", "trainer=cpu"))
+    assert_like(run, alone)
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_what_one_began_two_go_on_with(
+    folder: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, strategy: str
+) -> None:
+    run = tmp_path / "one" / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 7, terminate)
+        with pytest.raises(SystemExit):
+            train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
+    (tmp_path / "one" / "noted.py").write_text(NOTED)
+    done = torchrun(
+        *(tmp_path / "one" / "noted.py", f"resume={run}", f"trainer.strategy={strategy}"),
+        cwd=tmp_path / "one",
+        SEEN=str(tmp_path / "one"),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_like(run, alone)
+    steps = [seen(tmp_path / "one", rank) for rank in range(2)]
+    assert [step[0] for step in steps[0]] == [str(n) for n in range(8, 21)]
+    assert all(len(step) == 1 + TOGETHER // 2 for of_rank in steps for step in of_rank), (
+        "a step's pictures stay"
+    )
+
+
+def test_one_that_is_killed_ends_the_other_and_is_named(folder: Path, tmp_path: Path) -> None:
+    run = tmp_path / "two" / "run"
+    done = two_train(folder, run, SIGNAL=f"{int(signal.SIGKILL)} 1 3")
+    assert time.time() - (tmp_path / "two" / "1.txt").stat().st_mtime < 60, "since its last step"
+    assert done.returncode != 0
+    assert re.search(r"rank *: 1 .*\n *exitcode *: -9", done.stderr), done.stderr[-3000:]
+    own, _, of_torchrun = done.stderr.partition("torch/distributed/run.py")
+    assert of_torchrun
+    assert "efficap" not in own, "no traceback of what is left"
+    assert (run / "checkpoints" / LAST).is_file()
+
+
+def test_a_mistake_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> None:
+    done = two_train(folder, tmp_path / "two" / "run", "data.val_split=nowhere")
+    assert done.returncode != 0
+    assert done.stderr.count("has no picture in that split") == 1
+    assert "efficap/commands" not in done.stderr, "and without a traceback"
+
+
+def test_two_evaluate_as_one(folder: Path, alone: Path) -> None:
+    wanted = evaluate(compose("eval", f"run={alone}", "intervals.resamples=20", "gallery=0"))
+    captions = (alone / "eval" / "test" / "captions.json").read_text()
+    done = torchrun(
+        *(ROOT / "eval.py", f"run={alone}", "intervals.resamples=20", "gallery=0", "accelerator=cpu"),
+        cwd=ROOT,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads((alone / "eval" / "test" / "scores.json").read_text())
+    assert (alone / "eval" / "test" / "captions.json").read_text() == captions
+    assert found["images"] == wanted["images"] == 7
+    for name, value in wanted.items():
+        assert found[name] == pytest.approx(value, abs=1e-6) if isinstance(value, float) else found[name], (
+            name
+        )
+    assert found["checks"] == pytest.approx(wanted["checks"], abs=1e-5)
+    assert done.stdout.count("captions, scores and pictures: ") == 1
+
+
+def test_slurm_starts_a_job_anew_that_it_warned_and_it_goes_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scontrol = tmp_path / "bin" / "scontrol"
+    scontrol.parent.mkdir()
+    scontrol.write_text(f'#!/bin/sh\necho "$@" > {tmp_path}/asked\n')
+    scontrol.chmod(scontrol.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{scontrol.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "4711")
+
+    def command(name: str) -> list[str]:
+        return [*tiny_overrides(folder, tmp_path / name), "resume=auto", "checkpoint.every_steps=2"]
+
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 7, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(SystemExit) as stopped:
+            train(compose("train", *command("first")))
+    assert stopped.value.code == 128 + signal.SIGUSR1
+    assert "stopped by SIGUSR1" in capsys.readouterr().err
+    assert (tmp_path / "asked").read_text() == "requeue 4711\n"
+    assert train(compose("train", *command("second"))) == tmp_path / "first"
+    (tmp_path / "asked").unlink()
+    whole = train(
+        compose("train", *tiny_overrides(folder, tmp_path / "other" / "whole"), "checkpoint.every_steps=2")
+    )
+    assert_equal_runs(tmp_path / "first", whole)
+    assert not (tmp_path / "asked").exists()
