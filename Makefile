@@ -1,4 +1,5 @@
-# make train | study | test | soak | bench | lint | setup. All the set-up happens by itself; PYTHON=python3.12 picks another.
+# make train | study | test | soak | fuzz | bench | lint | setup. All the set-up happens by itself; PYTHON=python3.12 picks
+# another.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,13 +7,14 @@ ARGS ?=
 STUDY ?= outputs/study
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train study test soak bench lint format
+.PHONY: help setup train study test soak fuzz bench lint format
 
 help:
 	@echo "make train   train on the built-in pictures, score, caption (ARGS='seed=1' passes settings to train.py)"
 	@echo "make study   two sizes, two seeds each, trained on the built-in pictures and compared, into $(STUDY)"
 	@echo "make test    the whole test suite (ARGS='-k beam' passes options to pytest)"
 	@echo "make soak    faults thrown at trainings, which must end as if nothing had been (ARGS='--faults 10 --seed 7')"
+	@echo "make fuzz    random tables, tars, settings and run directories for 10 minutes (ARGS='--minutes 1 --seed 7')"
 	@echo "make bench   the benchmarks in short form, into docs/benchmarks.md"
 	@echo "make lint    ruff, mypy, import-linter"
 	@echo "make format  ruff's formatter"
@@ -55,6 +57,9 @@ test: setup
 
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
+
+fuzz: setup
+	PYTHONPATH=tests $(BIN)/python -m fuzz $(ARGS)
 
 bench: setup
 	$(BIN)/python -m uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev,bench]'

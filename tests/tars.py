@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from efficap.data.order import BatchOrder, EvaluationOrder
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.batches import ShardBatches
 from efficap.data.shards.examine import examine
 from efficap.data.shards.index import write_index
 from efficap.data.shards.reader import ShardReader
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.picture_files import MAX_PIXELS
 from efficap.tokenizer import CaptionTokenizer
 
 

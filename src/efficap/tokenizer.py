@@ -24,6 +24,7 @@ from efficap.tokenizer_files import (
     tokenizer_files,
 )
 
+MOST_IDS = 1 << 24  # of any tokenizer there is a quarter of a million; a made-up one can name the id 2**32
 MOST_SPELLINGS = 20_000  # divisions of a word into tokens
 _WORD = re.compile(r"\s*(\w+(?:[-'’]\w+)*|[^\w\s]+)")  # noqa: RUF001
 
@@ -43,7 +44,7 @@ class CaptionTokenizer:
         vocab_size: one more than the largest id, special tokens included.
 
     Raises:
-        InputError: it has no such tokens.
+        InputError: it has no such tokens, or ids beyond `MOST_IDS`.
     """
 
     def __init__(self, tokenizer: Tokenizer, bos: str = END_OF_TEXT, eos: str = END_OF_TEXT) -> None:
@@ -66,6 +67,10 @@ class CaptionTokenizer:
         self.bos_id, self.eos_id = ids
         self.pad_id = self.eos_id
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
+        if self.vocab_size > MOST_IDS:
+            raise InputError(
+                f"the tokenizer has the id {self.vocab_size - 1:,}; they must be below {MOST_IDS:,}"
+            )
 
     @classmethod
     def pretrained(cls, name: str) -> CaptionTokenizer:

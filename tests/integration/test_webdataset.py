@@ -24,13 +24,13 @@ from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
 from efficap.data.csv import CSVDataModule
 from efficap.data.module import CaptionDataModule
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards import index, writer
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.models.build import build_model
+from efficap.picture_files import MAX_PIXELS
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import batch_loss
 from efficap.training.module import CaptionModule

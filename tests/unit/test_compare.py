@@ -377,7 +377,7 @@ def test_runs_scored_against_different_references_are_refused(
 @pytest.mark.parametrize(
     ("file", "content", "message"),
     [
-        ("config.yaml", "{", "config.yaml cannot be read"),
+        ("config.yaml", "{", "config.yaml is no YAML"),
         ("config.yaml", "name: x", "is no run's configuration"),
         ("metrics.json", "[", "metrics.json: not JSON"),
         ("metrics.csv", "a,b\n1,2\n", "no column 'step'"),

@@ -21,8 +21,8 @@ from efficap.data.doctor.duplicates import CROWD, find_duplicates
 from efficap.data.doctor.fingerprint import LOOK
 from efficap.data.doctor.histograms import histogram
 from efficap.data.doctor.padding import bars
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes, index_file, read_header, read_samples
+from efficap.picture_files import MAX_PIXELS
 from efficap.tokenizer import CaptionTokenizer
 
 ODD_NAME = "a<b>&'.jpg"

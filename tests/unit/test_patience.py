@@ -60,7 +60,7 @@ def test_pipes_and_devices_are_no_pictures_and_are_not_opened(tmp_path: Path) ->
     for file in (tmp_path / "pipe.jpg", Path("/dev/zero")):
         with pytest.raises(PictureError) as error:
             Picture(file)
-        assert error.value.reason == "no file"
+        assert (error.value.reason, error.value.detail) == ("unreadable", "no regular file")
 
 
 def test_a_picture_that_takes_too_long_is_a_bad_sample(

@@ -15,12 +15,12 @@ import pytest
 from PIL import Image
 from tars import ThisProcess, encoded, indexed, scenery
 
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards import writer
 from efficap.data.shards.__main__ import main
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import CaptionTable, read_table
 from efficap.errors import InputError
+from efficap.picture_files import MAX_PIXELS
 
 SETTINGS = ShardSettings(samples_per_shard=3, short_side=None, max_pixels=MAX_PIXELS)
 COLUMNS = {"image_column": "file_name", "caption_column": "caption", "split_column": "split"}

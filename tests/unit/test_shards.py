@@ -20,7 +20,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from tars import Member, ThisProcess, encoded, indexed, jpeg, sample, samples, scenery, tar_bytes, write_tar
 
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards import index
 from efficap.data.shards.examine import IndexHeader, examine
 from efficap.data.shards.index import ensure_indexes, index_file, read_header, write_index
@@ -28,6 +27,7 @@ from efficap.data.shards.names import find_shards
 from efficap.data.shards.reader import ShardReader
 from efficap.data.shards.tar import SampleError, read_contents
 from efficap.errors import InputError
+from efficap.picture_files import MAX_PIXELS
 
 OPEN = 16
 GOOD = samples("0000", "0001")
@@ -232,6 +232,22 @@ def test_a_cut_tar_gives_what_it_still_has_and_is_known_as_cut(
     assert (header.good, header.bad, header.problem) == (good, bad, problem)
     reader = indexed(tar)
     assert [reader.read(n).captions for n in range(good)] == [[f"the picture 000{n}"] for n in range(good)]
+
+
+@pytest.mark.parametrize("size", [-512, -1, -(1 << 40)])
+def test_a_member_of_negative_size_ends_the_tar_and_not_the_program(size: int, tmp_path: Path) -> None:
+    """Python's tarfile before 3.11.14 goes round for ever."""
+    data = bytearray(tar_bytes([*GOOD, ("x.jpg", b"x")]))
+    at = data.index(b"x.jpg\0")
+    header = data[at : at + 512]
+    header[124:136] = (size & (1 << 96) - 1).to_bytes(12, "big")  # base 256, as GNU writes what is large
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    data[at : at + 512] = header
+    (tmp_path / "t.tar").write_bytes(data)
+    contents = read_contents(tmp_path / "t.tar")
+    assert contents.problem == "cut tar"
+    assert [sample.key for sample in contents.samples] == ["0000", "0001"]
 
 
 @pytest.mark.parametrize(

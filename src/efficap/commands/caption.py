@@ -22,7 +22,9 @@ from efficap.commands.caption_folder import (
 )
 from efficap.commands.caption_output import CaptioningBar, done_with
 from efficap.commands.caption_shards import caption_shards, names_shards
+from efficap.commands.kinds import check_form
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.schema import CAPTION
 from efficap.data.module import default_workers
 from efficap.data.transforms import EvaluationTransform
 from efficap.decoding import Decoding, build_decoding
@@ -40,6 +42,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     Raises:
         InputError: no such run, nothing to caption, not one picture that can be read, or several processes for files.
     """
+    check_form(cfg, CAPTION)
     _check_processes(cfg["images"])
     run = RunDirectory(cfg["run"])
     device, precision = run.placement(cfg["accelerator"], cfg["precision"])

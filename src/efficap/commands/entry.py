@@ -80,8 +80,13 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
             print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
         elif isinstance(error, OSError) and not begun and not wants_traceback:  # the folder that Hydra makes
             print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
-        elif wants_traceback or not isinstance(error, _MISTAKES):
+        elif wants_traceback or (begun and not isinstance(error, _MISTAKES)):
             raise
+        elif not isinstance(error, _MISTAKES):  # a number of 5,000 digits, a folder's name that is too long
+            print(
+                f"error: the settings cannot be put together: {_one_line(error, config_name)}",
+                file=sys.stderr,
+            )
         else:
             _tell(_one_line(error, config_name))
         failed = True
@@ -165,6 +170,12 @@ def plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _one_line(error: BaseException, config_name: str) -> str:
+    """What an error says; of what a file brought in, such as a terminal's commands, every character can be seen."""
+    line = _message(error, config_name)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+def _message(error: BaseException, config_name: str) -> str:
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, InputError):
         error = error.__cause__
     if plugin := re.search(

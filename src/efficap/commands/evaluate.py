@@ -13,6 +13,8 @@ from PIL import Image
 from rich.console import Console
 
 from efficap.commands.checks import checks_of, loss_probe, own_and_other_cider
+from efficap.commands.kinds import check_form
+from efficap.commands.schema import EVAL
 from efficap.commands.subject import Subject, open_ensemble, open_run
 from efficap.data.module import CaptionData
 from efficap.decoding import Decoding
@@ -52,6 +54,7 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     Raises:
         InputError: no such run, split or column, no Java, a GPU that is not there, runs that make no ensemble.
     """
+    check_form(cfg, EVAL)
     join(gpu=cfg["accelerator"] != "cpu" and torch.cuda.is_available())
     check_metrics(cfg["metrics"])
     _check_counts(cfg)

@@ -74,7 +74,7 @@ def fit(
             some_rest=cfg["training"].get("unfreeze_encoder_at") is not None,
         )
         with explained(cfg):
-            trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint)
+            trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint, weights_only=True)
         if stage.is_last:
             return
         stage = stage.next(names, steps=trainer.global_step, epochs=trainer.current_epoch)

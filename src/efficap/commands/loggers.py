@@ -21,6 +21,7 @@ from efficap.commands.provenance import provenance, without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
 from efficap.commands.sweep import is_sweep_job
 from efficap.commands.wandb_logger import GuestWandbLogger
+from efficap.errors import InputError
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.ranks import is_first
 from efficap.training.progress import METRICS_FILE
@@ -38,6 +39,10 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
         return [CSVLogger(run_dir, name="", version="")]  # of other ranks than the first it writes nothing
     loggers: list[Logger] = [MetricsLogger(run_dir, log)]
     if cfg["logger"]:
+        if not isinstance(cfg["logger"].get("_target_"), str):
+            raise InputError(
+                f"logger={cfg['logger']} names no class with logger._target_; logger=csv takes none"
+            )
         told = without_secrets({**cfg, "provenance": provenance()})
         if cfg["logger"]["_target_"].endswith("WandbLogger"):
             logger = _wandb_logger(cfg["logger"], run_dir)
@@ -47,6 +52,8 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
                 told = {f"{key}_settings" if key in swept else key: value for key, value in told.items()}
         else:
             logger = instantiate(cfg["logger"])
+            if not isinstance(logger, Logger):
+                raise InputError(f"logger._target_={cfg['logger']['_target_']} is no logger of Lightning's")
         logger.log_hyperparams(told)
         loggers.append(logger)
     return loggers
@@ -91,7 +98,8 @@ def _wandb_run(run_dir: Path) -> dict[str, Any]:
     """What tells the run from others: a new one is tagged by the choices that were made, and a sweep's grouped."""
     file = run_dir / _WANDB_FILE
     if file.is_file():  # gone on with: W&B goes on with its run too
-        return {**json.loads(file.read_text()), "resume": "allow"}
+        kept = _read_wandb_file(file)
+        return {**kept, "resume": "allow"}
     found: dict[str, Any] = {}
     if HydraConfig.initialized():
         hydra = HydraConfig.get()
@@ -102,6 +110,18 @@ def _wandb_run(run_dir: Path) -> dict[str, Any]:
                 "name": run_dir.name,
             }  # W&B takes no longer one
     return found
+
+
+def _read_wandb_file(file: Path) -> dict[str, Any]:
+    """What `_wandb_logger` kept, and nothing else: it becomes arguments of the logger, and may come from anywhere."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        id_, name, group, tags = (found[key] for key in ("id", "name", "group", "tags"))
+        if not (isinstance(id_, str) and isinstance(name, str) and isinstance(group, str | None)):
+            raise TypeError("id, name and group must be text")
+        return {"id": id_, "name": name, "group": group, "tags": [str(tag) for tag in tags]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error!r}); remove it, and W&B begins another run") from error
 
 
 def log_artifact(settings: dict[str, Any], run_dir: Path) -> None:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from hydra.core.hydra_config import HydraConfig
 
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
+from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, stage_of
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, read_checkpoint, stage_of
 from efficap.training.progress import METRICS_FILE
 
 # What the next step does not depend on, or what says when training ends.
@@ -102,12 +102,21 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     """The run's own settings, with those that the command line of ``resume=RUN`` names and that may change.
 
     Raises:
-        InputError: the command line names one that may not.
+        InputError: the command line names one that may not, or the run would build what is not known here
+            (`check_saved_parts`).
     """
     settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
     is_named = cfg["resume"] not in (None, "auto")
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() and is_named else []:
+    if not is_named:
+        return settings  # of a run whose settings are those of the command line, to the last one
+    if isinstance(settings["logger"], dict) and "save_dir" in settings["logger"]:
+        settings["logger"] = {**settings["logger"], "save_dir": str(run.path)}  # the run may have been moved
+    said = set()
+    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else []:
         key = override.partition("=")[0].lstrip("+")
+        said.add(key)
+        if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
+            continue  # said once more, for a run's own code is not imported
         if not key.startswith(_MAY_CHANGE) or (settings["stages"] and is_of_stages(key)):
             raise InputError(
                 f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
@@ -118,6 +127,13 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
             settings[group] = _changed(settings[group], cfg[group], rest.split("."))
         elif group != "resume":
             settings[group] = cfg[group]
+    check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
+    return settings
+
+
+def _at(settings: Any, key: str) -> Any:
+    for part in key.split("."):
+        settings = settings.get(part) if isinstance(settings, dict) else None
     return settings
 
 
@@ -132,7 +148,7 @@ def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:
     log = run.path / "metrics.csv"
     if not log.is_file():
         return None
-    checkpoint = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    checkpoint = read_checkpoint(file)
     table, steps = pd.read_csv(log), stage_of(file).steps + checkpoint["global_step"]
     kept = table["step"] < steps
     if checkpoint["callbacks"]["ResumePoint"]["validation_due"]:  # it will be there again

@@ -11,28 +11,22 @@ import torch
 import yaml
 from hydra.utils import get_class
 
-from efficap.data.csv import CSVDataModule
-from efficap.data.demo.module import DemoDataModule
+from efficap.commands.kinds import check_form
+from efficap.commands.saved_parts import DATA_MODULES
+from efficap.commands.schema import RUN, check_data
 from efficap.data.mix import MixedDataModule
 from efficap.data.module import CaptionData
-from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
+from efficap.yaml_files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_DIR = "tokenizer"
-_KEYS = {"name", "model", "data", "decoding"}
 _PLACES = ("table", "image_dir", "shards")  # null in a published captioner
-
-# A run's configuration may come from anywhere, so its _target_ picks one of these and is never imported.
-_DATA_MODULES: dict[str, type[Any]] = {
-    f"{module.__module__}.{module.__qualname__}": module
-    for module in (CSVDataModule, DemoDataModule, WebDatasetDataModule, MixedDataModule)
-}
 
 
 class RunDirectory:
@@ -57,13 +51,16 @@ class RunDirectory:
         if not file.is_file():
             reason = "holds no config.yaml" if self.path.is_dir() else "does not exist"
             raise InputError(f"{setting}={path} {reason}; give a run directory, such as outputs/latest")
+        self.config: dict[str, Any] = read_yaml(file)
+        if not isinstance(self.config, dict) or not self.config.keys() >= RUN.keys():
+            raise InputError(f"{file} is no run's configuration: it lacks one of {', '.join(sorted(RUN))}")
         try:
-            self.config: dict[str, Any] = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except yaml.YAMLError as error:
-            raise InputError(f"{file} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(self.config, dict) or not self.config.keys() >= _KEYS:
-            raise InputError(f"{file} is no run's configuration: it lacks one of {', '.join(sorted(_KEYS))}")
+            check_form(self.config, RUN)
+        except InputError as error:
+            raise InputError(f"{file}: {error}") from error
         self.export: dict[str, Any] = self.config.get("export") or {}
+        if not isinstance(self.export, dict):
+            raise InputError(f"{file}: export={self.export} must be a mapping, or left out")
 
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
@@ -129,8 +126,10 @@ class RunDirectory:
         Raises:
             InputError: a data module that is not this project's.
         """
+        merged = _merged(settings or self.config["data"], changes)
+        check_data(merged)
         try:
-            return self._built(_merged(settings or self.config["data"], changes), changes)
+            return self._built(merged, changes)
         except TypeError as error:
             raise InputError(f"{self.path / CONFIG_FILE}: data does not fit its module: {error}") from error
 
@@ -139,12 +138,12 @@ class RunDirectory:
         settings = dict(settings)
         target = settings.pop("_target_", None)
         if "_target_" in changes:  # the user's own words, unlike the file's
-            module = get_class(target)
-        elif target in _DATA_MODULES:
-            module = _DATA_MODULES[target]
+            module = _imported(target)
+        elif target in DATA_MODULES:
+            module = DATA_MODULES[target]
         else:
             raise InputError(
-                f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(_DATA_MODULES)}; "
+                f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(DATA_MODULES)}; "
                 "a run's own code is not imported; +data._target_=… on the command line is"
             )
         for key in _PLACES:
@@ -152,9 +151,22 @@ class RunDirectory:
                 raise InputError(f"data.{key} is not known here; add +data.{key}=PATH")
         if module is MixedDataModule:
             below = changes.get("sources", {})
-            sources = settings["sources"].items()
+            sources = settings.get("sources", {}).items()
             settings["sources"] = {name: self._built(source, below.get(name, {})) for name, source in sources}
         return module(**settings)
+
+
+def _imported(target: object) -> Any:
+    """The data module of the user's own that the command line names."""
+    try:
+        module = get_class(str(target))
+    except (
+        Exception
+    ) as error:  # hydra.utils raises its own for what is no class, or is blocked, and imports run code
+        raise InputError(f"data._target_={target} cannot be imported: {error}") from error
+    if not issubclass(module, CaptionData):
+        raise InputError(f"data._target_={target} is no data module: none of CaptionData's")
+    return module
 
 
 def _merged(settings: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

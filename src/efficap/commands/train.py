@@ -17,10 +17,12 @@ from efficap.commands.faults import check_writable
 from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
+from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.processes import check_processes, check_sharding, requeue
 from efficap.commands.resume import is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
+from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
@@ -48,6 +50,7 @@ def train(cfg: dict[str, Any]) -> Path:
         InputError: before the first step, whatever can be known to be wrong by then.
     """
     leave_out_lightnings_chatter()
+    check_form(cfg, TRAIN)
     join(gpu=cfg["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available())
     asked = Path(cfg["output_dir"])
     with recorded(asked):
@@ -65,6 +68,8 @@ def _settings(
 ) -> tuple[dict[str, Any], RunDirectory | None, RunDirectory | None, bool]:
     """`resolved_settings`, and whether the training is finished already."""
     resolved, init_from, resumed = resolved_settings(cfg)
+    if resumed:
+        check_form(resolved, TRAIN)
     if resumed and resumed.path != asked.resolve():
         leave_no_trace(asked)
     finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
@@ -77,6 +82,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
     Raises:
         InputError: a value that is none, out of range, or does not go with another.
     """
+    check_form(cfg, STAGE)
+    check_data(cfg["data"])
     check_trainer(cfg["trainer"])
     check_processes(cfg["trainer"])
     check_sharding(cfg)
@@ -116,7 +123,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
             _check_length(captioner, "data.max_tokens", data[name].max_tokens)
     checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
     if checkpoint:
-        captioner.load_state_dict(captioners_weights(checkpoint))  # features are looked up by them
+        _load_checkpoint(captioner, checkpoint)  # features are looked up by them
     elif init_from:
         load_from(init_from, captioner, tokenizer)
     else:
@@ -156,6 +163,14 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     print(f"run directory: {run_dir}")
 
 
+def _load_checkpoint(captioner: CaptionModel, checkpoint: Path) -> None:
+    try:
+        captioner.load_state_dict(captioners_weights(checkpoint))
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())[:500]
+        raise InputError(f"{checkpoint} does not fit the config.yaml of its run: {reason}") from error
+
+
 def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionData]:
     """The data of each stage, ready to be read; where settings are equal, the same."""
     made: dict[str, CaptionData] = {}
@@ -167,6 +182,10 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
             key = json.dumps(cfg["data"], sort_keys=True)
             if key not in made:
                 made[key] = instantiate(cfg["data"])
+                if not isinstance(made[key], CaptionData):
+                    raise InputError(
+                        f"data._target_={cfg['data']['_target_']} is no data module: none of CaptionData's"
+                    )
             data[name] = made[key]
             check_feature_cache(data[name], frozen=cfg["model"]["encoder"]["frozen"])
             with first_alone(f"prepare {key}"):

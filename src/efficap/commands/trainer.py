@@ -12,6 +12,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
@@ -79,24 +80,36 @@ def build_trainer(
     settings |= strategy_settings(settings.get("strategy"), some_rest=some_rest)
     if settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar()]
-    trainer = pl.Trainer(
-        **settings,
-        default_root_dir=run_dir,
-        logger=loggers,
-        callbacks=callbacks,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,  # the loaders share themselves out
-        enable_model_summary=False,
-    )
+    try:
+        trainer = pl.Trainer(
+            **settings,
+            default_root_dir=run_dir,
+            logger=loggers,
+            callbacks=callbacks,
+            num_sanity_val_steps=0,
+            use_distributed_sampler=False,  # the loaders share themselves out
+            enable_model_summary=False,
+        )
+    except (TypeError, ValueError, MisconfigurationException) as error:
+        raise InputError(f"trainer: Lightning does not take these settings: {error}") from error
     trainer.fit_loop.epoch_loop._batches_that_stepped = first_step
     return trainer
+
+
+def _callback(name: str, settings: dict[str, Any]) -> Callback:
+    callback = instantiate(settings)
+    if not isinstance(callback, Callback):
+        raise InputError(
+            f"callbacks.{name}={settings} is no callback of Lightning's: name its class with callbacks.{name}._target_"
+        )
+    return callback
 
 
 def build_callbacks(
     cfg: dict[str, Any], run_dir: Path, data: CaptionData, metrics: RunMetrics
 ) -> list[Callback]:
     stage, pictures = metrics.stage, functools.partial(data.picture, "val")
-    callbacks = [instantiate(settings) for settings in cfg["callbacks"].values() if settings]
+    callbacks = [_callback(name, settings) for name, settings in cfg["callbacks"].items() if settings]
     resume_point = ResumePoint(run_dir, stage, seed=cfg["seed"], **cfg["checkpoint"])
     bad_steps = BadSteps(run_dir, metrics, resume_point, max_bad_steps=cfg["training"]["max_bad_steps"])
     if cfg["training"]["ema_decay"] is not None:

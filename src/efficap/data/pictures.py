@@ -5,9 +5,6 @@ H, W: height and width in pixels, turned as the EXIF orientation says.
 
 from __future__ import annotations
 
-import io
-import stat
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,10 +13,7 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from efficap.data.patience import TooSlowError, within
-
-MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
-
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `Picture` holds the limit
+from efficap.picture_files import FORMATS, MAX_PIXELS, open_picture, read_picture_file
 
 _ORIENTATION = 0x0112  # EXIF tag
 # How EXIF says it by the standard, as 16 bits; least and most significant byte first.
@@ -31,7 +25,7 @@ class PictureError(OSError):
     """A picture that cannot be read.
 
     Attributes:
-        reason: a word or two to count by: ``missing``, ``no file``, ``too slow``, ``empty``, ``no picture``,
+        reason: a word or two to count by: ``missing``, ``too slow``, ``empty``, ``no picture``,
             ``truncated``, ``too large`` or ``unreadable``.
         detail: more about it.
     """
@@ -47,7 +41,7 @@ class Picture:
     Args:
         source: a file, or its bytes.
         max_pixels: more than these, a decompression bomb perhaps, are refused before they are decoded.
-        formats: Pillow's names of those that are tried; None: all that it knows, some of which start other programs.
+        formats: Pillow's names of those that are tried.
         timeout: seconds that reading the file may take; None: any.
 
     Attributes:
@@ -58,34 +52,30 @@ class Picture:
             wants it. Pillow also turns by XMP and by entries of other types.
 
     Raises:
-        PictureError: there is no such file, it is too slow, no picture, too large, or a PNG that is damaged.
+        PictureError: there is no such file, or no regular one, it is too slow, no picture, too large, or a PNG that is
+            damaged.
     """
 
     def __init__(
         self,
         source: Path | bytes,
         max_pixels: int = MAX_PIXELS,
-        formats: tuple[str, ...] | None = None,
+        formats: tuple[str, ...] = FORMATS,
         *,
         timeout: float | None = None,
     ) -> None:
-        data = source if isinstance(source, bytes) else _read(source, timeout)
+        data = source if isinstance(source, bytes) else _read(source, max_pixels, timeout)
         if not data:
             raise PictureError("empty", "0 bytes")
-        _raise_pillows_limit(max_pixels)
         try:
-            self._image = Image.open(io.BytesIO(data), formats=formats)
+            self._image = open_picture(data, max_pixels, formats)
         except Image.DecompressionBombError as error:
-            raise PictureError("too large", f"{error}; the limit is {max_pixels:,}") from error
+            raise PictureError("too large", str(error)) from error
         except UnidentifiedImageError:
             raise PictureError("no picture", f"begins with {data[:16]!r}") from None
         except Exception as error:  # of many kinds, by format and damage
             raise _classified(error) from error
         width, height = self._image.size
-        if width * height > max_pixels:
-            raise PictureError(
-                "too large", f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
-            )
         self.format = self._image.format or ""
         if self.format == "PNG" and "exif" not in self._image.info:
             try:
@@ -147,30 +137,17 @@ def _orientation(image: Image.Image) -> int:
     return orientation if orientation in range(1, 9) else 1
 
 
-def _raise_pillows_limit(max_pixels: int) -> None:
-    """Pillow refuses what is above twice its own limit."""
-    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
-        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1
-
-
-def _read(file: Path, timeout: float | None) -> bytes:
+def _read(file: Path, max_pixels: int, timeout: float | None) -> bytes:
     try:
-        return within(timeout, _contents, file)
+        return within(timeout, read_picture_file, file, max_pixels)
     except FileNotFoundError:
         raise PictureError("missing") from None
-    except PictureError:
-        raise
     except TooSlowError as error:
         raise PictureError("too slow", str(error)) from None
     except OSError as error:
         raise PictureError("unreadable", error.strerror or str(error)) from error
-
-
-def _contents(file: Path) -> bytes:
-    mode = file.stat().st_mode
-    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # of which the system itself has a better word
-        raise PictureError("no file", "a pipe, a socket or a device, which may never end")
-    return file.read_bytes()
+    except ValueError as error:  # of a name with a NUL, or that the file system's encoding lacks
+        raise PictureError("unreadable", str(error)) from error
 
 
 def _classified(error: Exception) -> PictureError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import posixpath
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -94,7 +94,7 @@ def read_table(
         image_dir: what the picture names are relative to.
         image_column, caption_column, split_column: the columns' names, where the form has columns.
         text: cleans the captions; None: white space alone is collapsed.
-        allow_absolute: whether pictures may lie outside `image_dir`.
+        allow_absolute: whether pictures may lie outside `image_dir`, by their names or by links.
         require_captions: False: a picture without captions stays, with no references.
 
     Returns:
@@ -126,6 +126,8 @@ def read_table(
     names = {name: _checked_name(name, table, allow_absolute) for name in rows["image"].unique()}
     rows["image"] = rows["image"].map(names)
     _check_names(rows, table)
+    if not allow_absolute:
+        _check_links(rows["image"].unique(), image_dir, table)
     if not require_captions:
         return _by_split(rows, image_dir), []
     full = rows[rows["caption"] != ""]
@@ -156,11 +158,33 @@ def image_id_of(name: str) -> str:
 
 def _checked_name(name: str, table: object, allow_absolute: bool) -> str:
     normal = image_id_of(name)
+    if "\0" in normal:
+        raise InputError(f"data.table={table}: {name!r:.100} has a NUL, which no file's name has")
     if not allow_absolute and (PurePosixPath(normal).is_absolute() or normal.startswith("..")):
         raise InputError(
             f"data.table={table}: {name} lies outside data.image_dir; data.allow_absolute=true reads it all the same"
         )
     return normal
+
+
+def _check_links(names: Iterable[str], image_dir: Path, table: object) -> None:
+    """Raises InputError where a link leads a picture out of its folder, which an unpacked archive may have brought."""
+    root = os.path.realpath(image_dir)
+    inside: dict[str, bool] = {}  # folders
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if folder not in inside:
+            inside[folder] = _is_inside(os.path.realpath(os.path.join(root, folder)), root)
+        path = os.path.join(root, folder, file)
+        if not inside[folder] or (os.path.islink(path) and not _is_inside(os.path.realpath(path), root)):
+            raise InputError(
+                f"data.table={table}: {name} is a link out of data.image_dir={image_dir}; data.allow_absolute=true "
+                "reads it all the same"
+            )
+
+
+def _is_inside(path: str, root: str) -> bool:
+    return path == root or path.startswith(os.path.join(root, ""))
 
 
 def _check_names(rows: pd.DataFrame, table: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ from efficap.data.shards.reader import ShardReader
 from efficap.data.shards.tar import Broken
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
+from efficap.picture_files import open_picture
 from efficap.ranks import first_alone
 
 LEARN_FROM = 200_000  # captions that a tokenizer is learned from
@@ -163,7 +163,7 @@ class WebDatasetDataModule(CaptionDataModule):
         if split not in self._numbers:  # the training pictures, whose names may repeat
             reader = self.reader(split)
             self._numbers[split] = {reader.image_id(number): number for number in range(len(reader))}
-        return Image.open(io.BytesIO(self.reader(split).read(self._numbers[split][image_id]).image))
+        return open_picture(self.reader(split).read(self._numbers[split][image_id]).image, self.max_pixels)
 
     def train_dataloader(self) -> CheckedLoader:
         counts = self.reader("train").counts

@@ -12,7 +12,9 @@ from typing import Any
 
 from efficap.commands.caption_folder import find_pictures
 from efficap.commands.captioner import Captioner
+from efficap.commands.kinds import check_form
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.schema import DEMO
 from efficap.demo.service import CaptionService, Limits
 from efficap.errors import InputError
 
@@ -25,6 +27,7 @@ def serve(cfg: dict[str, Any]) -> None:
     Raises:
         InputError: no such run, a run that cannot caption, an address that is taken, or Gradio is not installed.
     """
+    check_form(cfg, DEMO)
     examples = find_pictures(cfg["examples"], "examples")[:EXAMPLES] if cfg["examples"] else []
     with (
         tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads,

@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 
 from efficap.evaluation.attention import Word, central_square, shade, shade_heads
 from efficap.evaluation.results import replacing
+from efficap.picture_files import open_picture, read_picture_file
 
 THUMBNAIL = 320  # pixels, the longer side
 JPEG_QUALITY = 80
@@ -163,7 +164,7 @@ def load_picture(image: Path | Image.Image, side: int) -> Image.Image:
     """
     if isinstance(image, Image.Image):
         return _upright(image, side)
-    with Image.open(image) as opened:
+    with open_picture(read_picture_file(image)) as opened:
         opened.draft("RGB", (side * 2, side * 2))  # a large JPEG is decoded at a fraction of its size
         return _upright(opened, side)
 

@@ -8,7 +8,7 @@ from typing import Any
 from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import EncoderSpec
-from efficap.models.pretrained.gpt2 import GPT2_SIZES, gpt2_sizes, load_gpt2
+from efficap.models.pretrained.gpt2 import GPT2_SIZES, MAX_PARAMETERS, gpt2_sizes, load_gpt2
 from efficap.models.weights import WEIGHTS_FILE, read_weights
 
 
@@ -52,7 +52,16 @@ def output_stride(model: dict[str, Any]) -> int:
 
 
 def build_model(model: dict[str, Any], vocab_size: int) -> CaptionModel:
-    """A captioner with fresh weights from a resolved model configuration (see `resolve_model`)."""
+    """A captioner with fresh weights from a resolved model configuration (see `resolve_model`).
+
+    Raises:
+        InputError: sizes that do not go together, or more than `MAX_PARAMETERS`.
+    """
+    if (parameters := _least_parameters(model, vocab_size)) > MAX_PARAMETERS:
+        raise InputError(
+            f"model: {_sizes(model)} and {vocab_size:,} tokens make {parameters:.0e} parameters; more than "
+            f"{MAX_PARAMETERS:.0e} are not built"
+        )
     encoder, decoder = model["encoder"], model["decoder"]
     return CaptionModel(
         image_size=model["image_size"],
@@ -62,6 +71,20 @@ def build_model(model: dict[str, Any], vocab_size: int) -> CaptionModel:
         bridge={key: model["bridge"][key] for key in ("n_blocks", "n_heads", "dropout")},
         decoder={key: decoder[key] for key in (*GPT2_SIZES, "dropout")},
         arithmetic=model.get("arithmetic", "gpt2"),  # runs from before there was a choice lack it
+    )
+
+
+def _least_parameters(model: dict[str, Any], vocab_size: int) -> int:
+    """As many as the model has at least: its encoder and what is small in the rest are not counted."""
+    decoder, width = model["decoder"], model["decoder"]["n_embd"]
+    matrices = 12 * decoder["n_layer"] + 4 * model["bridge"]["n_blocks"]
+    return int(matrices * width**2 + (vocab_size + decoder["n_positions"]) * width)
+
+
+def _sizes(model: dict[str, Any]) -> str:
+    own = {f"decoder.{size}": model["decoder"][size] for size in GPT2_SIZES}
+    return ", ".join(
+        f"{size}={value}" for size, value in {**own, "bridge.n_blocks": model["bridge"]["n_blocks"]}.items()
     )
 
 
@@ -93,9 +116,15 @@ def load_model(run_dir: Path, model: dict[str, Any], vocab_size: int) -> Caption
             f"{run_dir} holds no {WEIGHTS_FILE}: training writes it at its first validation; has it come that far?"
         )
     weights = read_weights(run_dir / WEIGHTS_FILE)
+    misfit = f"{run_dir / WEIGHTS_FILE} does not fit {run_dir}/config.yaml"
+    found = sum(weight.numel() for weight in weights.values())
+    if (needed := _least_parameters(model, vocab_size)) > found:  # before there is memory for them
+        raise InputError(
+            f"{misfit}: it has {found:,} values, fewer than the {needed:,} of {_sizes(model)} and {vocab_size:,} tokens"
+        )
     captioner = build_model(model, vocab_size)
     try:
         captioner.load_state_dict(weights)
     except RuntimeError as error:
-        raise InputError(f"{run_dir / WEIGHTS_FILE} does not fit {run_dir}/config.yaml: {error}") from error
+        raise InputError(f"{misfit}: {' '.join(str(error).split())[:500]}") from error
     return captioner.eval()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -24,7 +23,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
         raise InputError(f"{file} does not exist")
     try:
         return dict(load_file(file))
-    except SafetensorError as error:
+    except Exception as error:  # kinds of its own, and torch's
         raise InputError(f"{file} is damaged or no safetensors file ({error})") from error
 
 

@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -71,8 +72,18 @@ class BestCheckpoint(ModelCheckpoint):
         self._exported: Tensor | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        super().load_state_dict(state_dict)
+        # A checkpoint may come from anywhere, and what is best until now is read and, later, removed.
+        files = {
+            name: state_dict.get(name)
+            for name in ("best_model_path", "last_model_path", "kth_best_model_path")
+        }
+        kept = {name: str(file) if self._is_own(file) else "" for name, file in files.items()}
+        best_k = {file: score for file, score in state_dict["best_k_models"].items() if self._is_own(file)}
+        super().load_state_dict({**state_dict, **kept, "best_k_models": best_k})
         self._exported = self.best_model_score  # model.safetensors has them already
+
+    def _is_own(self, file: Any) -> bool:
+        return isinstance(file, str) and Path(os.path.normpath(file)).parent == Path(str(self.dirpath))
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -119,7 +119,7 @@ class ResumePoint(Callback):
             self._write(trainer)
 
     def end_with(self, error: Exception) -> None:
-        """Let training end as on a signal, with a checkpoint, and then raise `error`; all processes are to ask for it."""
+        """Let training end as on a signal, with a checkpoint, and then raise `error`; all processes ask for it."""
         self._failure = self._failure or error
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
@@ -230,10 +230,36 @@ def checkpoint_of(run_dir: Path) -> Path:
     )
 
 
+def read_checkpoint(file: Path) -> dict[str, Any]:
+    """A checkpoint's content. It may come from anywhere: of a pickle that is a program, nothing is run.
+
+    Raises:
+        InputError: it is damaged, holds more than plain values and tensors, or is no checkpoint of a training.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more
+        raise InputError(
+            f"{file} is damaged, or holds more than plain values and tensors and is not trusted; init_from=RUN starts "
+            "a new training from a run's weights"
+        ) from error
+    for name in ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers"):
+        if not isinstance(content, dict) or not isinstance(content.get(name), dict | list):
+            raise InputError(f"{file} is no checkpoint of a training: it has no {name}")
+    if not isinstance(content["callbacks"].get("RunMetrics"), dict):
+        raise InputError(f"{file} is no checkpoint of efficap: it has no RunMetrics")
+    return content
+
+
 def stage_of(checkpoint: Path) -> Stage:
     """The stage that a checkpoint was written in."""
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    return Stage(**state["callbacks"]["RunMetrics"].get("stage", {}))  # from before there were stages
+    found = read_checkpoint(checkpoint)["callbacks"]["RunMetrics"].get(
+        "stage", {}
+    )  # from before there were stages
+    try:
+        return Stage(**found)
+    except TypeError as error:
+        raise InputError(f"{checkpoint} was written by another version: {error}") from error
 
 
 def processes_of(checkpoint: Path, data: CaptionData) -> int | None:
@@ -248,9 +274,7 @@ def processes_of(checkpoint: Path, data: CaptionData) -> int | None:
 
 def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:
     """The captioner's weights in a checkpoint; where there is an average, the averaged ones."""
-    weights: dict[str, Tensor] = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[
-        "state_dict"
-    ]
+    weights: dict[str, Tensor] = read_checkpoint(checkpoint)["state_dict"]
     return {name.removeprefix("captioner."): value for name, value in weights.items()}
 
 

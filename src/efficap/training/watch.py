@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import yaml
 from rich.columns import Columns
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -25,6 +24,7 @@ from efficap.evaluation.curves import SMOOTHED_SHARE, TRAIN_LOSSES, logged_value
 from efficap.evaluation.pictures import PictureRecord, read_pictures
 from efficap.training.progress import METRICS_FILE, SAMPLES_FILE, at_work
 from efficap.training.terminal_plot import Curve, plot
+from efficap.yaml_files import read_yaml
 
 TRAINING, FINISHED, STOPPED = "training", "finished", "stopped"
 _JOINED = "\u00a0"  # a space at which no line ends
@@ -92,10 +92,7 @@ def read_run(path: Path, before: Watched | None = None) -> Watched:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError):
-        config = None
+    config = read_yaml(path / "config.yaml") if (path / "config.yaml").is_file() else None
     if not isinstance(config, dict) or "name" not in config:
         raise InputError(
             f"{path} holds no config.yaml of a run; give a run directory, such as outputs/latest"

@@ -21,9 +21,9 @@ from efficap.data.doctor.quarantine import crossing_rows, write_quarantine
 from efficap.data.doctor.report import print_diagnosis, write_json
 from efficap.data.doctor.shard_pass import examine_shards
 from efficap.data.doctor.table_pass import examine_table
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.names import find_shards
 from efficap.errors import InputError
+from efficap.picture_files import MAX_PIXELS
 
 
 def visit(options: argparse.Namespace) -> bool:

@@ -8,10 +8,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.errors import InputError
+from efficap.picture_files import MAX_PIXELS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.progress import track
 
-from efficap.data.shards.examine import VERSION, Examined, IndexHeader, examine
+from efficap.data.shards.examine import SCHEMA, VERSION, Examined, IndexHeader, examine
 from efficap.errors import InputError
 
 SUFFIX = ".index.arrow"
@@ -62,19 +62,38 @@ def read_header(tar: Path, index_dir: Path | None = None) -> IndexHeader | None:
     """The header of a tar's index; None where there is none, or none that this version wrote."""
     try:
         with pa.memory_map(str(index_file(tar, index_dir))) as source:
-            metadata = pa.ipc.open_file(source).schema.metadata or {}
+            schema = pa.ipc.open_file(source).schema
+        if not schema.equals(SCHEMA):
+            return None
+        metadata = schema.metadata or {}
         fields = json.loads(metadata[_METADATA])
         first_bad = fields.pop("first_bad")
-        header = IndexHeader(**fields, first_bad=tuple(first_bad) if first_bad else None)
-    except (OSError, pa.ArrowInvalid, AttributeError, KeyError, TypeError, ValueError):
+        if first_bad is not None:
+            key, reason, detail = first_bad
+            first_bad = str(key), str(reason), str(detail)
+        header = IndexHeader(**fields, first_bad=first_bad)
+        if not all(isinstance(count, int) and count >= 0 for count in (header.good, *header.bad.values())):
+            return None
+    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return None
     return header if header.version == VERSION else None
 
 
 def read_samples(tar: Path, index_dir: Path | None = None) -> pa.Table:
-    """The samples of an index, memory-mapped."""
-    with pa.memory_map(str(index_file(tar, index_dir))) as source:
-        return pa.ipc.open_file(source).read_all()
+    """The samples of an index, memory-mapped.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    file = index_file(tar, index_dir)
+    try:
+        with pa.memory_map(str(file)) as source:
+            samples = pa.ipc.open_file(source).read_all()
+        samples.validate(full=True)  # else what is out of place is met later, or ends the process
+    except (OSError, pa.ArrowException) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{file} is damaged ({reason}); remove it, and it is made anew") from error
+    return samples
 
 
 def fits(header: IndexHeader, tar: Path, max_pixels: int) -> bool:

@@ -21,6 +21,7 @@ from efficap.data.shards.examine import IndexHeader, captions_of, decode_json, d
 from efficap.data.shards.index import read_samples
 from efficap.data.shards.tar import BLOCK, SampleError, fingerprint
 from efficap.data.text import CaptionText
+from efficap.errors import InputError
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +134,9 @@ class ShardReader:
         with self._lock:
             shard = self._open.get(number)
             if shard is None:
-                shard = self._open[number] = _OpenShard(self.tars[number], self.index_dir, self.timeout)
+                shard = self._open[number] = _OpenShard(
+                    self.tars[number], self.index_dir, int(self.counts[number]), self.timeout
+                )
                 if len(self._open) > self.most_open:
                     self._open.popitem(last=False)
             else:
@@ -144,10 +147,16 @@ class ShardReader:
 class _OpenShard:
     """A tar that is open, and its index."""
 
-    def __init__(self, tar: Path, index_dir: Path | None, timeout: float | None) -> None:
+    def __init__(self, tar: Path, index_dir: Path | None, count: int, timeout: float | None) -> None:
         self._timeout = timeout
         self._file = tar.open("rb", buffering=0)
+        self._size = os.fstat(self._file.fileno()).st_size
         rows = read_samples(tar, index_dir)
+        if rows.num_rows != count:
+            raise InputError(
+                f"the index of {tar} has {rows.num_rows} samples and not the {count} of its head; remove it, and it is "
+                "made anew"
+            )
         self._columns: dict[str, Any] = {}
         for name in rows.column_names:
             column = rows[name].chunk(0)
@@ -168,6 +177,8 @@ class _OpenShard:
         offset, size = self.number(f"{name}_offset", row), self.number(f"{name}_size", row)
         if offset < 0:
             raise SampleError("no caption", f"no .{'txt' if name == 'text' else name}")
+        if not (offset >= BLOCK and 0 <= size <= self._size - offset):  # before there is memory for them
+            raise SampleError("changed tar", "its index tells of more than it holds; remove the index")
         try:
             data = within(self._timeout, os.pread, self._file.fileno(), BLOCK + size, offset - BLOCK)
         except TooSlowError as error:

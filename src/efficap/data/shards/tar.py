@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import tarfile
 from dataclasses import dataclass, field
@@ -13,6 +14,10 @@ BLOCK = 512  # bytes; a member's header is the block before its data
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXT_SUFFIX, JSON_SUFFIX = ".txt", ".json"
+
+
+# What tarfile raises for headers that say what cannot be, besides its own.
+_DAMAGE = (tarfile.TarError, ValueError, ArithmeticError, LookupError, TypeError, RecursionError)
 
 
 class SampleError(ValueError):
@@ -71,8 +76,11 @@ def read_contents(tar: Path) -> TarContents:
     found: dict[str, TarSample] = {}
     try:
         with tarfile.open(tar, "r:") as archive:
-            end = 0
+            end = place = 0
             while (member := archive.next()) is not None:
+                if member.size < 0 or archive.offset <= place:  # round and round for ever
+                    raise tarfile.ReadError("a member of negative size")
+                place = archive.offset
                 end = member.offset_data + _padded(member.size)
                 if member.isfile():
                     _add(found, member, size)
@@ -81,7 +89,11 @@ def read_contents(tar: Path) -> TarContents:
             contents.problem = "empty tar"
         elif not _has_end_mark(tar, end):
             contents.problem = "cut tar"
-    except tarfile.ReadError as error:
+    except (*_DAMAGE, OSError) as error:
+        if (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):  # of a place before the file's beginning
+            raise
         contents.problem = "cut tar" if found else _why_no_tar(tar, size, error)
     contents.samples = list(found.values())
     return contents

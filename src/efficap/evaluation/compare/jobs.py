@@ -12,10 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from efficap.errors import InputError
 from efficap.evaluation.compare.runs import CONFIG_FILE
+from efficap.yaml_files import read_yaml
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -139,7 +138,7 @@ def _begun(pid: int) -> float | None:
 
 def _hydras_overrides(folder: Path) -> tuple[str, ...]:
     file = folder / ".hydra" / "overrides.yaml"
-    found = _yaml(file) if file.is_file() else None
+    found = read_yaml(file) if file.is_file() else None
     return tuple(map(str, found)) if isinstance(found, list) else ()
 
 
@@ -152,7 +151,7 @@ def _planned(file: Path) -> list[tuple[str, ...]]:
     from hydra.errors import HydraException
 
     try:
-        hydra = _yaml(file)["hydra"]
+        hydra = read_yaml(file)["hydra"]
         swept = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*swept, *hydra["overrides"]["task"]])
         [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
@@ -164,13 +163,6 @@ def _planned(file: Path) -> list[tuple[str, ...]]:
     ):  # no record of a grid: what is planned is not known
         return []
     return [tuple(job) for job in batch]
-
-
-def _yaml(file: Path) -> Any:
-    try:
-        return yaml.safe_load(file.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
 
 
 def count_states(jobs: Sequence[Job]) -> str:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from efficap.errors import InputError
 from efficap.evaluation.pictures import PictureRecord, find_pictures, read_pictures
 from efficap.evaluation.results import read_predictions, read_scores
+from efficap.yaml_files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 _KEYS = {"name", "model", "data"}
@@ -113,10 +112,7 @@ def read_run(path: Path) -> Run:
 
 
 def _config(file: Path) -> dict[str, Any]:
-    try:
-        config = yaml.safe_load(file.read_bytes())
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise InputError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    config = read_yaml(file)
     if not isinstance(config, dict) or not config.keys() >= _KEYS or not isinstance(config["data"], dict):
         raise InputError(f"{file} is no run's configuration: it lacks one of {', '.join(sorted(_KEYS))}")
     return config

@@ -1,0 +1,61 @@
+"""Picture files that may come from anywhere, opened: only regular files of known formats, and of a bounded size."""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from pathlib import Path
+
+from PIL import Image
+
+# Pillow knows more, one of which (EPS) starts another program, and most of which are little watched.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")
+MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
+_BYTES_OF_PIXEL = 8  # of the largest kind, 16 bits of red, green, blue and alpha, not compressed
+_BYTES_BESIDE = 1 << 24  # metadata
+
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # `open_picture` holds the limit
+
+
+def read_picture_file(file: Path, max_pixels: int = MAX_PIXELS) -> bytes:
+    """A picture's file, whole.
+
+    Raises:
+        OSError, ValueError: it is no regular file, such as a pipe that nobody writes to, cannot be read, or has more
+            bytes than a picture of so many pixels can have.
+    """
+    descriptor = os.open(file, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(descriptor, "rb") as opened:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("no regular file")
+        most = _BYTES_OF_PIXEL * max_pixels + _BYTES_BESIDE
+        if found.st_size > most:
+            raise OSError(f"{found.st_size:,} bytes, more than a picture of {max_pixels:,} pixels has")
+        return opened.read()
+
+
+def open_picture(
+    data: bytes, max_pixels: int = MAX_PIXELS, formats: tuple[str, ...] = FORMATS
+) -> Image.Image:
+    """The picture in a file's bytes, of which the header alone has been read.
+
+    Raises:
+        PIL.Image.DecompressionBombError: it has more pixels.
+        PIL.UnidentifiedImageError: it is of no such format.
+        Exception: of many kinds, by format and damage.
+    """
+    if Image.MAX_IMAGE_PIXELS is not None and max_pixels > 2 * Image.MAX_IMAGE_PIXELS:
+        Image.MAX_IMAGE_PIXELS = max_pixels // 2 + 1  # Pillow refuses what is above twice its own limit
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise Image.DecompressionBombError(f"{error}; the limit is {max_pixels:,}") from error
+    width, height = image.size
+    if width * height > max_pixels:
+        raise Image.DecompressionBombError(
+            f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
+        )
+    return image
