@@ -28,6 +28,7 @@ from wandb_files import OfflineRun, finished_run
 from efficap.commands import entry
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.train import train
+from efficap.data import pictures
 from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes
 from efficap.errors import InputError
@@ -243,14 +244,14 @@ def test_weights_and_biases_that_does_not_end_leaves_its_files(
 def test_a_picture_that_never_comes_is_left_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
 ) -> None:
-    real = Path.read_bytes
+    real = pictures.read_picture_file
 
-    def slowly(self: Path) -> bytes:
-        if self.name == "train_3.jpg":
+    def slowly(file: Path, *arguments: Any) -> bytes:
+        if file.name == "train_3.jpg":
             time.sleep(600)
-        return real(self)
+        return real(file, *arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", slowly)
+    monkeypatch.setattr(pictures, "read_picture_file", slowly)
     slow = [
         "data.read_timeout=2",
         "data.check_images=false",

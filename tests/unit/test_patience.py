@@ -8,11 +8,13 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
 
+from efficap.data import pictures
 from efficap.data.patience import TooSlowError, within
 from efficap.data.pictures import Picture, PictureError
 
@@ -68,13 +70,13 @@ def test_a_picture_that_takes_too_long_is_a_bad_sample(
 ) -> None:
     file = tmp_path / "slow.png"
     Image.new("RGB", (8, 8)).save(file)
-    real = Path.read_bytes
+    real = pictures.read_picture_file
 
-    def slowly(self: Path) -> bytes:
+    def slowly(*arguments: Any) -> bytes:
         time.sleep(0.3)
-        return real(self)
+        return real(*arguments)
 
-    monkeypatch.setattr(Path, "read_bytes", slowly)
+    monkeypatch.setattr(pictures, "read_picture_file", slowly)
     with pytest.raises(PictureError, match=r"too slow: not read within 0.05 s"):
         Picture(file, timeout=0.05)
     assert torch.equal(Picture(file, timeout=30).pixels(), torch.zeros(3, 8, 8, dtype=torch.uint8))

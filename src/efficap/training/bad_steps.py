@@ -25,7 +25,7 @@ from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import RunMetrics
 from efficap.training.checkpoints import ResumePoint
-from efficap.training.module import CaptionModule
+from efficap.training.module import CaptionModule, gradient_norm, whole
 
 FOLDER = "bad_batch"  # in a run directory
 
@@ -96,9 +96,9 @@ class BadSteps(Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        gradients = [p.grad for p in pl_module.parameters() if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        bad = ~norm.isfinite().to(pl_module.device)
+        assert isinstance(pl_module, CaptionModule)
+        norm = pl_module.gradient_norm = gradient_norm(pl_module)  # which clipping needs, too
+        bad = ~whole(norm).isfinite().to(pl_module.device)
         if self._loss_is_bad is not None:
             bad = bad | self._loss_is_bad
         # A rank whose own batch is good must leave the step out with the others.

@@ -14,7 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Timer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from efficap.batch import CaptionBatch
@@ -78,6 +78,7 @@ class CaptionModule(pl.LightningModule):
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
+        self.gradient_norm: Tensor | None = None  # of the step, by who asks before the gradients are clipped
         self._loss = torch.zeros(2)  # of a validation: the sum, and how many tokens
 
     def configure_model(self) -> None:
@@ -157,10 +158,12 @@ class CaptionModule(pl.LightningModule):
         """Clip each element, then the norm, and log that; Lightning refuses a fused optimiser in mixed precision."""
         if self.clip_value is not None:
             torch.nn.utils.clip_grad_value_(self.captioner.parameters(), self.clip_value)
+        norm, self.gradient_norm = self.gradient_norm, None
+        if norm is None or self.clip_value is not None:
+            norm = gradient_norm(self.captioner)
         if gradient_clip_val:
-            norm = torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), gradient_clip_val)
-            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-            self.log("train/grad_norm", norm)  # a tensor: no step waits for it
+            torch.nn.utils.clip_grads_with_norm_(self.captioner.parameters(), gradient_clip_val, norm)
+        self.log("train/grad_norm", whole(norm))  # a tensor: no step waits for it
 
     def progress(self, step: int) -> float:
         """The share of the training that is over: by steps or by the clock, whichever limit is nearer."""
@@ -171,6 +174,16 @@ class CaptionModule(pl.LightningModule):
                 if remaining is not None:
                     return max(by_steps, agreed(elapsed / (elapsed + remaining)))  # clocks differ
         return by_steps
+
+
+def gradient_norm(module: nn.Module) -> Tensor:
+    """The norm of all gradients together; where these are in shards, a tensor that torch can clip them by."""
+    return torch.nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be in shards, come together."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def check_settings(
