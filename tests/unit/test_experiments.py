@@ -44,7 +44,9 @@ def test_an_experiment_passes_the_checks_before_data_are_read(experiment: str, t
         check_settings(settings)
         data = instantiate(settings["data"])
         check_feature_cache(data, frozen=settings["model"]["encoder"]["frozen"])
-        build_trainer({**settings["trainer"], "accelerator": "cpu"}, [], [], tmp_path, first_step=0)
+        build_trainer(
+            {**settings["trainer"], "accelerator": "cpu"}, [], [], tmp_path, first_step=0, some_rest=False
+        )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
