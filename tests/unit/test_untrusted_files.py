@@ -160,7 +160,7 @@ def test_a_training_that_starts_from_a_run_takes_nothing_of_it_that_is_instantia
         ),
         (
             {"logger": {"_target_": WANDB, "settings": {"base_url": "http://elsewhere.example"}}},
-            r"logger\.settings is not taken from a run",
+            r"logger\.settings\.base_url is not taken from a run",
         ),
         (
             {"logger": {"_target_": WANDB, "name": "${oc.env:SECRET}"}},

@@ -34,8 +34,10 @@ _CALLBACKS = frozenset(
 )
 # Of W&B's own settings, among which is the address that is sent the key, those that conf/logger/wandb.yaml has.
 _WANDB_ARGUMENTS = frozenset(
-    ("project", "entity", "name", "notes", "tags", "group", "job_type", "save_dir", "mode", "artifact")
-    + ("settings", "finish_timeout", "finish_timeout_raises")
+    (
+        *("project", "entity", "name", "notes", "tags", "group", "job_type", "save_dir", "mode", "artifact"),
+        *("settings", "finish_timeout", "finish_timeout_raises"),
+    )
 )
 
 
