@@ -122,7 +122,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
         for process in multiprocessing.active_children():
             killed.append(process.pid or 0)
             os.kill(killed[-1], signal.SIGKILL)
-        time.sleep(1)  # in which torch learns of it
+        time.sleep(30)  # cut short by torch, as it learns of it; later it would cut short anything
 
     run = tmp_path / "run"
     started = time.monotonic()
@@ -396,6 +396,7 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
             if number == 1:
                 for process in multiprocessing.active_children():
                     os.kill(process.pid or 0, signal.SIGKILL)
+                time.sleep(30)  # as above
 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(

@@ -39,6 +39,9 @@ def leave_out_lightnings_chatter() -> None:
     warnings.filterwarnings(
         "ignore", message=".*sync_dist=True"
     )  # what is logged is of all processes already
+    warnings.filterwarnings(
+        "ignore", message=".*WeightAveraging callback with a model that overrides"
+    )  # no shards
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
 
 
@@ -111,7 +114,8 @@ def build_callbacks(
     stage, pictures = metrics.stage, functools.partial(data.picture, "val")
     callbacks = [_callback(name, settings) for name, settings in cfg["callbacks"].items() if settings]
     resume_point = ResumePoint(run_dir, stage, seed=cfg["seed"], **cfg["checkpoint"])
-    bad_steps = BadSteps(run_dir, metrics, resume_point, max_bad_steps=cfg["training"]["max_bad_steps"])
+    limit = cfg["training"].get("max_bad_steps")  # runs from before it was a setting lack it
+    bad_steps = BadSteps(run_dir, metrics, resume_point, max_bad_steps=limit)
     if cfg["training"]["ema_decay"] is not None:
         callbacks.append(ExponentialMovingAverage(cfg["training"]["ema_decay"]))
     return [

@@ -47,7 +47,8 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
                 f"training.{name}={value} is no option of training={objective}, which takes {', '.join(taken)}; "
                 "remove it or choose another objective"
             )
-    missing = [name for name in taken if name not in training]
+    later = ("max_bad_steps",)  # the runs of earlier versions lack it
+    missing = [name for name in taken if name not in training and name not in later]
     if missing:
         raise InputError(
             f"training.{missing[0]} is missing; conf/training/{objective}.yaml has a default: choose it by "
@@ -57,7 +58,7 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
     module.check_unfreezing(training.get("unfreeze_encoder_at"), frozen=frozen)
     if training["ema_decay"] is not None:
         check_decay(training["ema_decay"])
-    check_limit(training["max_bad_steps"])
+    check_limit(training.get("max_bad_steps"))
 
 
 def build_module(
