@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import shutil
 import sys
@@ -36,11 +37,8 @@ null true false -1 0 1 2 3 0.5 1e400 1e-9 nan .nan .inf -.inf [] {} [1] [1,2] [0
 ${oc.env:A_SECRET_KEY} ${hydra:job.name} 2147483648 -2147483649 [null] {_target_:os.getcwd} os.getcwd [1,2 'x {'a':1}
 \\ é 你好 \u200b $ [.nan,.nan] {encoder:1} {encoder:.nan,bridge:1,decoder:1}
 """
-_PLAUSIBLE = ["null", "true", "false", "0", "1", "2", "0.5", "1e-3", "[0.5,0.9]", "[a]", "a"]
 VALUES = (
-    st.sampled_from(_PLAUSIBLE)
-    | st.sampled_from(_PLAUSIBLE)
-    | st.sampled_from(["", " ", "' '", *_WORDS.split()])
+    st.sampled_from(["", " ", "' '", *_WORDS.split()])
     | st.sampled_from(["9" * 30, "9" * 5000, "-" + "9" * 30, "x" * 300, "[" * 500, "{a:" * 200])
     | st.text(st.characters(exclude_characters="/.~\0\r\n,", exclude_categories=["Cs"]), max_size=6)
 )
@@ -65,20 +63,29 @@ def _status(command: str) -> object:
 
 
 @functools.cache
-def _keys(command: str) -> list[str]:
-    """All settings, and the mappings that they lie in."""
+def _defaults(command: str) -> dict[str, Any]:
+    """All settings, and the mappings that they lie in, with what they are."""
     given = {"train": ["data=csv", "data.table=t", "data.image_dir=i", "name=x", "output_dir=x"]}
     values = compose(command, *given.get(command, ["run=x"]), *(["images=x"] if command == "caption" else []))
-    found: list[str] = []
+    found: dict[str, Any] = {}
 
     def walk(value: Any, path: str) -> None:
         for key, below in value.items():
-            found.append(f"{path}{key}")
+            found[f"{path}{key}"] = below
             if isinstance(below, dict):
                 walk(below, f"{path}{key}.")
 
     walk(values, "")
-    return [key for key in found if not key.startswith(_NOT_CHANGED)]
+    return {key: value for key, value in found.items() if not key.startswith(_NOT_CHANGED)}
+
+
+def _like(value: Any) -> st.SearchStrategy[str]:
+    """What a user could well say in place of a default."""
+    if isinstance(value, bool) or value is None:
+        return st.sampled_from(["true", "false", "null"])
+    if isinstance(value, int | float):
+        return st.sampled_from(["0", "1", "2", "4", "64", "0.5", "1e-3", str(value)])
+    return st.sampled_from(["null", json.dumps(value).replace('"', "'")])
 
 
 @st.composite
@@ -86,11 +93,12 @@ def commands(draw: st.DrawFn) -> tuple[str, list[str]]:
     command = draw(st.sampled_from(["train", "train", "eval", "caption"]))
     overrides = []
     for _ in range(draw(st.sampled_from([1, 1, 2]))):
-        key = draw(st.sampled_from(_keys(command)))
+        key = draw(st.sampled_from(list(_defaults(command))))
+        value = draw(_like(_defaults(command)[key]) if draw(st.booleans()) else VALUES)
         if draw(st.integers(0, 9)) == 0:
             key += draw(st.sampled_from([".x", ".0", "x", ".a.b", "@x", "=", " "]))
-        how = draw(st.sampled_from([""] * 6 + ["+", "++", "~"]))
-        overrides.append(f"~{key}" if how == "~" else f"{how}{key}={draw(VALUES)}")
+        how = draw(st.sampled_from([""] * 12 + ["+", "++", "~"]))
+        overrides.append(f"~{key}" if how == "~" else f"{how}{key}={value}")
     return command, overrides
 
 
