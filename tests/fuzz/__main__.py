@@ -52,7 +52,7 @@ def _fuzz(kind: Kind, folder: Path, seconds: float, seed: int) -> tuple[Counter[
     counts, failed, until = Counter[str](), 0, time.monotonic() + seconds
     number = 0
     while time.monotonic() < until:
-        place = folder / f"{kind.name} {number}"
+        place = folder / f"{number}-{kind.name.replace(' ', '-')}"
         try:
             fuzz(kind, place, examples=AT_ONCE, seed=1000 * seed + number, until=until, counts=counts)
         except Exception:

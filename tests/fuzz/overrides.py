@@ -42,9 +42,10 @@ VALUES = (
     | st.sampled_from(["9" * 30, "9" * 5000, "-" + "9" * 30, "x" * 300, "[" * 500, "{a:" * 200])
     | st.text(st.characters(exclude_characters="/.~\0\r\n,", exclude_categories=["Cs"]), max_size=6)
 )
-# What only says how long, or where, or is another program's affair.
+# What only says how long, or where, or starts a compiler for a minute.
 _NOT_CHANGED = (
     "output_dir",
+    "compile",
     "trainer.max_",
     "hydra",
     "ensemble_dir",

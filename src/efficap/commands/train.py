@@ -22,6 +22,7 @@ from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.processes import check_processes, check_sharding, requeue
 from efficap.commands.resume import is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
+from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
@@ -83,7 +84,8 @@ def check_settings(cfg: dict[str, Any]) -> None:
         InputError: a value that is none, out of range, or does not go with another.
     """
     check_form(cfg, STAGE)
-    check_data(cfg["data"])
+    if cfg["data"].get("_target_") in DATA_MODULES:  # one of the user's own knows its settings
+        check_data(cfg["data"])
     check_trainer(cfg["trainer"])
     check_processes(cfg["trainer"])
     check_sharding(cfg)
