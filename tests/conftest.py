@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,13 @@ SHARED = Path(os.environ.get("EFFICAP_SHARED", Path(__file__).parents[2] / "shar
 def _one_thread_and_a_seed() -> None:
     torch.set_num_threads(1)  # the suite runs in several processes
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_tracebacks_elsewhere() -> Iterator[None]:
+    """An entry point called in this process sets what the processes of later tests would take for the user's wish."""
+    yield
+    os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
 @pytest.fixture(scope="session")

@@ -78,17 +78,15 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     except Exception as error:  # in composing, or in a launcher
         if type(error).__module__.startswith(("joblib.", "submitit.")):
             print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
-        elif isinstance(error, OSError) and not begun and not wants_traceback:  # the folder that Hydra makes
-            print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
         elif wants_traceback or (begun and not isinstance(error, _MISTAKES)):
             raise
-        elif not isinstance(error, _MISTAKES):  # a number of 5,000 digits, a folder's name that is too long
-            print(
-                f"error: the settings cannot be put together: {_one_line(error, config_name)}",
-                file=sys.stderr,
-            )
-        else:
+        elif isinstance(error, _MISTAKES):
             _tell(_one_line(error, config_name))
+        elif isinstance(error, OSError):  # Hydra could not make the run's folder
+            print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
+        else:  # a number of 5,000 digits
+            said = _one_line(error, config_name)
+            print(f"error: the settings cannot be put together: {said}", file=sys.stderr)
         failed = True
     if not end_sweep() or failed:
         sys.exit(1)
