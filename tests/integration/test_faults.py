@@ -117,11 +117,13 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
     folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed: list[int] = []
+    others = multiprocessing.active_children()  # of tests before
 
     def kill_loaders() -> None:
         for process in multiprocessing.active_children():
-            killed.append(process.pid or 0)
-            os.kill(killed[-1], signal.SIGKILL)
+            if process not in others:
+                killed.append(process.pid or 0)
+                os.kill(killed[-1], signal.SIGKILL)
         time.sleep(30)  # cut short by torch, as it learns of it; later it would cut short anything
 
     run = tmp_path / "run"
@@ -392,11 +394,11 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
 ) -> None:
     def captioning(cfg: dict[str, Any]) -> None:
         loader: DataLoader[Any] = DataLoader(range(100), num_workers=1, collate_fn=_pause)  # type: ignore[arg-type]
-        for number, _ in enumerate(loader):
-            if number == 1:
-                for process in multiprocessing.active_children():
-                    os.kill(process.pid or 0, signal.SIGKILL)
-                time.sleep(30)  # as above
+        batches = iter(loader)
+        next(batches)
+        batches._workers[0].kill()  # type: ignore[attr-defined]
+        time.sleep(30)  # as above
+        next(batches)
 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
     monkeypatch.setattr(
