@@ -53,7 +53,7 @@ study: setup
 	$(BIN)/python -m efficap.evaluation.compare $(STUDY)
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal $(ARGS)
 
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)

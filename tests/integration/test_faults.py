@@ -124,7 +124,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
             if process not in others:
                 killed.append(process.pid or 0)
                 os.kill(killed[-1], signal.SIGKILL)
-        time.sleep(30)  # cut short by torch, as it learns of it; later it would cut short anything
+        time.sleep(1)  # in which torch learns of it; later it would cut short anything
 
     run = tmp_path / "run"
     started = time.monotonic()
@@ -397,7 +397,7 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
         batches = iter(loader)
         next(batches)
         batches._workers[0].kill()  # type: ignore[attr-defined]
-        time.sleep(30)  # as above
+        time.sleep(1)  # as above
         next(batches)
 
     monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)

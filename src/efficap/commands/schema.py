@@ -29,6 +29,7 @@ from efficap.commands.kinds import (
 _WIDEST = 1 << 16  # of a size that memory is taken for; the largest GPT-2 is 1,600 wide
 
 _SIDE = Kind("bicubic or bilinear", lambda value: value in ("bicubic", "bilinear"))
+_PRECISION = Kind("float32, bfloat16", lambda value: value in ("float32", "bfloat16"))
 _SHARE = number(0.01, 1)
 _COLOUR = list_of(number(-255, 255), "three numbers", 3)
 _CONTRAST = list_of(number(1e-6, 255), "three numbers above 0", 3)
@@ -212,7 +213,7 @@ _TEXT_CLEANING: Form = {
     "exclude": or_null(TEXT),
 }
 
-_PLACE: Form = {"accelerator": TEXT, "precision": or_null(TEXT), "compile": FLAG}
+_PLACE: Form = {"accelerator": TEXT, "precision": or_null(_PRECISION), "compile": FLAG}
 EVAL: Form = {
     "run": either(PATH, list_of(PATH, "paths")),
     "ensemble": FLAG,
@@ -243,7 +244,7 @@ DEMO: Form = {
     "port": whole(0, 65_535),
     "examples": or_null(PATH),
     "accelerator": TEXT,
-    "precision": or_null(TEXT),
+    "precision": or_null(_PRECISION),
     **dict.fromkeys(("max_batch", "max_requests", "max_bytes", "max_pixels"), whole()),
     "max_seconds": number(),
     "limits": dict.fromkeys(
