@@ -202,9 +202,12 @@ def test_features_of_a_frozen_encoder_are_not_made_again(
     assert len(list((tmp_path / "maps").iterdir())) == 1
 
 
-@pytest.mark.parametrize("amounts", ["epochs={first: 1, second: 1}", "weights={first: 2, second: 1}"])
+@pytest.mark.parametrize(
+    ("amounts", "after"),  # stopped in the first set, and in the pattern's middle in the second epoch
+    [("epochs={first: 1, second: 1}", 3), ("weights={first: 2, second: 1}", 11)],
+)
 def test_shards_and_tables_mixed(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amounts: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, amounts: str, after: int
 ) -> None:
     columns = {"image_column": "file_name", "caption_column": "caption", "split_column": "split"}
     tables, _ = read_table(folder / "captions.csv", folder / "images", **columns)
@@ -228,13 +231,12 @@ def test_shards_and_tables_mixed(
     ]
     overrides += [*mixture, "trainer.max_epochs=2"]
     whole = train(compose("train", *overrides, f"output_dir={tmp_path / 'whole'}"))
-    for after in (3, 11):  # in the first set or the pattern's middle, and in the second epoch
-        run = tmp_path / f"run_{after}"
-        with monkeypatch.context() as patch:
-            die_at(patch, "training_step", after, kill)
-            with pytest.raises(KilledError):
-                train(compose("train", *overrides, f"output_dir={run}"))
-        assert_equal_runs(train(compose("train", *overrides, f"resume={run}", "output_dir=x")), whole)
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", after, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *overrides, f"output_dir={run}"))
+    assert_equal_runs(train(compose("train", *overrides, f"resume={run}", "output_dir=x")), whole)
 
 
 def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
