@@ -99,10 +99,13 @@ def _kill_wandb(life: Life, random: Random) -> bool:
 
 
 def _fill_disk(life: Life, random: Random) -> bool:
-    """No file may grow: what a full disk is to a process, without its being full for others."""
+    """No file may grow above 256 KiB: there is no room for checkpoints and weights, as on a full disk, but for others.
+
+    Less would stop what is no file on a disk: semaphores and the batches that loader processes share.
+    """
     said, pid = life.errors.count("training goes on"), life.process.pid
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE)
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, limits[1]))
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (1 << 18, limits[1]))
     noticed = life.wait_for(lambda: life.errors.count("training goes on") > said)
     time.sleep(random.uniform(0, 1))
     if life.is_alive():
