@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -154,8 +155,13 @@ class Life:
 
     def wait_until_at_work(self) -> bool:
         """Wait for the first checkpoint of this process; returns False where it ends before."""
-        last = self.training.last
-        return self.wait_for(lambda: last.is_file() and last.stat().st_mtime_ns > self.began)
+
+        def is_written() -> bool:
+            with contextlib.suppress(FileNotFoundError):  # the moment in which the one before is put aside
+                return self.training.last.stat().st_mtime_ns > self.began
+            return False
+
+        return self.wait_for(is_written)
 
     def end(self) -> int:
         """Wait for its end; returns the exit status.
