@@ -32,7 +32,7 @@ def _signal(number: signal.Signals, status: int) -> Callable[[Life, Random], boo
     def throw(life: Life, random: Random) -> bool:
         life.process.send_signal(number)
         ended = life.end()
-        if ended == 0:
+        if ended == 0 or life.training.is_finished():
             return False
         _check(life, ended == status, f"exit status {status}")
         if status > 0:
