@@ -16,7 +16,7 @@ from efficap.commands.checks import checks_of, loss_probe, own_and_other_cider
 from efficap.commands.kinds import check_form
 from efficap.commands.schema import EVAL
 from efficap.commands.subject import Subject, open_ensemble, open_run
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.decoding import Decoding
 from efficap.errors import InputError
 from efficap.evaluation.bootstrap import score_intervals

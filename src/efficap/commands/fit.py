@@ -11,16 +11,16 @@ from lightning.pytorch.loggers import Logger
 from efficap.commands.run_dir import choose_device
 from efficap.commands.stopped import explained
 from efficap.commands.trainer import build_callbacks, build_trainer
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.decoding import Decoding
 from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.callbacks import RunMetrics
 from efficap.training.checkpoints import processes_of
 from efficap.training.feature_cache import cache_features
 from efficap.training.objective import build_module
+from efficap.training.run_metrics import RunMetrics
 from efficap.training.stage import Stage
 from efficap.training.summary import print_summary
 

@@ -64,9 +64,8 @@ def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> GuestWandbLogger:
     """W&B's, its run begun: offline where it cannot be had online."""
     import wandb
 
-    logging.raiseExceptions = (
-        False  # a line of its own log that a full disk has no room for would be a traceback
-    )
+    # A line of its own log that a full disk has no room for would be a traceback.
+    logging.raiseExceptions = False
     ours = ("_target_", "artifact", "mode")
     mode = settings["mode"] or os.environ.get("WANDB_MODE")  # as it is now: W&B reads it once in a process
     settings = {key: value for key, value in settings.items() if key not in ours} | _wandb_run(run_dir)

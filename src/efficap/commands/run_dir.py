@@ -14,8 +14,8 @@ from hydra.utils import get_class
 from efficap.commands.kinds import check_form
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import RUN, check_data
+from efficap.data.caption_data import CaptionData
 from efficap.data.mix import MixedDataModule
-from efficap.data.module import CaptionData
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
 from efficap.models.build import load_model
@@ -161,9 +161,7 @@ def _imported(target: object) -> Any:
     """The data module of the user's own that the command line names."""
     try:
         module = get_class(str(target))
-    except (
-        Exception
-    ) as error:  # hydra.utils raises its own for what is no class, or is blocked, and imports run code
+    except Exception as error:  # of many kinds: what is no class, what is blocked, what its import does
         raise InputError(f"data._target_={target} cannot be imported: {error}") from error
     if not issubclass(module, CaptionData):
         raise InputError(f"data._target_={target} is no data module: none of CaptionData's")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from efficap.commands.entry import CONF
 from efficap.commands.run_dir import RunDirectory
+from efficap.data.caption_data import CaptionData
 from efficap.data.csv import CSVDataModule
-from efficap.data.module import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing

@@ -27,7 +27,7 @@ from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java

@@ -17,12 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
 from efficap.commands.processes import strategy_settings
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.training.bad_steps import BadSteps
-from efficap.training.callbacks import BestCheckpoint, ProgressBar, RunMetrics, SampleCaptions
+from efficap.training.callbacks import BestCheckpoint, ProgressBar, SampleCaptions
 from efficap.training.checkpoints import ResumePoint
 from efficap.training.ema import ExponentialMovingAverage
+from efficap.training.run_metrics import RunMetrics
 
 
 def leave_out_lightnings_chatter() -> None:
@@ -46,13 +47,7 @@ def leave_out_lightnings_chatter() -> None:
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Raises InputError where a number that Lightning only uses later is none."""
-    for key in ("max_epochs", "max_steps", "accumulate_grad_batches", "log_every_n_steps"):
-        if not isinstance(trainer[key], int) or trainer[key] < -1:
-            raise InputError(f"trainer.{key}={trainer[key]} must be a whole number")
-    clip = trainer["gradient_clip_val"]
-    if clip is not None and (not isinstance(clip, int | float) or clip < 0):
-        raise InputError(f"trainer.gradient_clip_val={clip} must be a number of at least 0, or null")
+    """Raises InputError where a time that Lightning only uses later is none."""
     for key in ("max_time", "val_check_interval"):
         if isinstance(trainer[key], str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer[key]):
             raise InputError(

@@ -9,9 +9,10 @@ from typing import Any
 
 from PIL import Image
 
+from efficap.data.caption_data import CaptionData
 from efficap.data.loader import CheckedLoader
 from efficap.data.mixture import InTurnLoader, MixedLoader, WeightedLoader
-from efficap.data.module import CaptionData, CaptionDataModule
+from efficap.data.module import CaptionDataModule
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 

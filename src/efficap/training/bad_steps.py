@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.batch import CaptionBatch
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.callbacks import RunMetrics
 from efficap.training.checkpoints import ResumePoint
 from efficap.training.module import CaptionModule, gradient_norm, whole
+from efficap.training.run_metrics import RunMetrics
 
 FOLDER = "bad_batch"  # in a run directory
 
@@ -62,7 +62,8 @@ class BadSteps(Callback):
             torch.zeros((), dtype=torch.int64) for _ in range(3)
         )
         self._loss_is_bad: Tensor | None = None
-        self._statistics: BatchNormStatistics | None = None  # as the step began
+        self._statistics: BatchNormStatistics | None = None
+        self._is_begun = False  # a step, which with accumulated gradients has several batches
         self._seen: dict[int, list[_Place]] = {}  # the batches of each step since the counts were looked at
         self._offending: list[_Place] = []
         self._told = 0  # how many bad steps there were when a warning last said so
@@ -75,6 +76,7 @@ class BadSteps(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._told = int(self.metrics.bad_steps)
+        self._statistics = BatchNormStatistics(pl_module)
         device = pl_module.device
         self._in_a_row, self._most_in_a_row, self._last = (
             count.to(device) for count in (self._in_a_row, self._most_in_a_row, self._last)
@@ -83,8 +85,10 @@ class BadSteps(Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: CaptionBatch, batch_idx: int
     ) -> None:
-        if self._statistics is None:  # with accumulated gradients, the first batch of several
-            self._statistics = BatchNormStatistics(pl_module)
+        assert self._statistics is not None
+        if not self._is_begun:
+            self._statistics.keep()
+            self._is_begun = True
         epoch = self.metrics.stage.epochs + trainer.current_epoch
         place = (epoch, batch_idx, tuple(batch.image_ids))
         self._seen.setdefault(trainer.global_step, []).append(place)
@@ -110,7 +114,7 @@ class BadSteps(Callback):
             pl_module.zero_grad()
         assert self._statistics is not None
         self._statistics.put_back_where(bad > 0)
-        self._statistics = self._loss_is_bad = None
+        self._loss_is_bad, self._is_begun = None, False
 
         count = bad.long()
         self.metrics.count_bad_steps(count)
@@ -127,7 +131,7 @@ class BadSteps(Callback):
         batch_idx: int,
     ) -> None:
         due = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if not due or self._statistics is not None:  # or in the middle of a step
+        if not due or self._is_begun:  # or in the middle of a step
             return
         most, last, total = torch.stack([self._most_in_a_row, self._last, self.metrics.bad_steps]).tolist()
         if total > self._told:
@@ -180,9 +184,12 @@ class BatchNormStatistics:
     def __init__(self, module: nn.Module) -> None:
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         for layer in module.modules():
-            if isinstance(layer, _BatchNorm):
-                for buffer in layer.buffers(recurse=False):
-                    self._buffers.setdefault(buffer.dtype, []).append(buffer)
+            for buffer in layer.buffers(recurse=False) if isinstance(layer, _BatchNorm) else ():
+                self._buffers.setdefault(buffer.dtype, []).append(buffer)
+        self.keep()
+
+    def keep(self) -> None:
+        """Let what they are now be what they go back to."""
         self._kept = {dtype: _joined(buffers) for dtype, buffers in self._buffers.items()}
 
     def put_back_where(self, condition: Tensor) -> None:

@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.ranks import largest
 from efficap.training.stage import Stage
@@ -267,8 +267,7 @@ def processes_of(checkpoint: Path, data: CaptionData) -> int | None:
 
     Lightning restores the data after the loaders are made, where weights are in shards.
     """
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
-    found: int | None = state[type(data).__qualname__].get("processes")
+    found: int | None = read_checkpoint(checkpoint).get(type(data).__qualname__, {}).get("processes")
     return found
 
 

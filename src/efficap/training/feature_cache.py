@@ -18,15 +18,16 @@ from rich.text import Text
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from efficap.data.caption_data import CaptionData
 from efficap.data.csv import CSVDataModule
 from efficap.data.features import FeatureStore, Stamp, stamp
 from efficap.data.mix import MixedDataModule
-from efficap.data.module import CaptionData, CaptionDataModule
+from efficap.data.module import CaptionDataModule
 from efficap.data.pictures import Picture, PictureError
 from efficap.errors import InputError
 from efficap.models.encoder import ImageEncoder
 
-VERSION = 2  # another one for other maps of the same weights and settings
+VERSION = 1  # another one for other maps of the same weights and settings
 
 Pictures = list[tuple[Path, Stamp | None]]
 

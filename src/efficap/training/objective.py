@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from efficap.data.module import CaptionData
+from efficap.data.caption_data import CaptionData
 from efficap.decoding import Decoding
 from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel

@@ -108,10 +108,15 @@ def build_adamw(
     groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
+    known: dict[int, float] = {}  # of the newest step, which each group asks for
+
     def share_of_peak(step: int) -> float:
-        over = min(1.0, progress(step))
-        warmup = min(1.0, max((step + 1) / max(1, warmup_steps), 10 * over))
-        return warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
+        if step not in known:
+            over = min(1.0, progress(step))
+            warmup = min(1.0, max((step + 1) / max(1, warmup_steps), 10 * over))
+            known.clear()
+            known[step] = warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
+        return known[step]
 
     return optimizer, LambdaLR(optimizer, share_of_peak)
 

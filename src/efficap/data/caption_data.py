@@ -1,0 +1,131 @@
+"""What training, evaluation and captioning ask of data, wherever it comes from."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from PIL import Image
+
+from efficap.batch import CaptionBatch
+from efficap.data.loader import CheckedLoader, Place, Placed
+from efficap.errors import InputError
+from efficap.ranks import rank, world_size
+from efficap.tokenizer import CaptionTokenizer
+
+
+class CaptionData(pl.LightningDataModule, ABC):
+    """What training, evaluation and captioning ask of data.
+
+    Attributes:
+        captions_per_image: K.
+        max_tokens: longest caption in tokens, BOS and EOS counted.
+        batch_size: B of one process.
+        first_epoch: of the training's, that its trainer counts as 0: the order goes on from the stages before.
+        begun_by: processes that the training was begun with, whose batches together are a step's; None: those of now.
+    """
+
+    captions_per_image: int
+    max_tokens: int
+    batch_size: int
+    first_epoch: int = 0
+    begun_by: int | None = None
+    _resumed: Place | None = None  # where the first epoch after resuming goes on
+    _training: Placed | None = None  # the loader of the training
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where training is in the data; Lightning keeps it in its checkpoints."""
+        place = list(self._training.place) if self._training is not None else [0, 0]
+        return {"place": place, "processes": self.begun_by or self._ranks[1]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        epoch, batch = state_dict["place"]
+        self._resumed = (epoch, batch)
+
+    def teardown(self, stage: str) -> None:
+        """Called by Lightning at the end; processes that load end with their loader."""
+        self._training = self.trainer = None
+
+    def _next_place(self) -> Place:
+        """The epoch and the batch that the next iteration of the training begins with."""
+        place, self._resumed = self._resumed, None
+        epoch = self.first_epoch + (self.trainer.current_epoch if self.trainer else 0)
+        return place if place is not None and place[0] == epoch else (epoch, 0)
+
+    @property
+    def _ranks(self) -> tuple[int, int]:
+        """This process's rank, and the number of ranks."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (rank(), world_size())
+
+    def training_batch(self, epoch: int, first: int, image_ids: list[str]) -> CaptionBatch:
+        """A batch of the training once more: of `epoch`, its batch `first` or the next one of these pictures.
+
+        What the training itself reads at the time is broken off.
+        """
+        assert self._training is not None
+        batches = self._training.of_epoch(epoch, first)
+        return next(batch for batch in batches if batch.image_ids == image_ids)
+
+    @abstractmethod
+    def training_captions(self) -> Iterable[str]:
+        """Captions to learn a tokenizer from."""
+
+    @property
+    @abstractmethod
+    def training_size(self) -> int:
+        """Pictures of the training split."""
+
+    @abstractmethod
+    def prepare(
+        self,
+        tokenizer: CaptionTokenizer,
+        *,
+        image_size: int,
+        interpolation: str,
+        crop_pct: float,
+        splits: list[str],
+    ) -> None:
+        """Check the pictures of `splits` and get their captions ready, once, before any loader is asked for.
+
+        Raises:
+            InputError: a split that is not there, or more bad samples than are allowed.
+        """
+
+    @abstractmethod
+    def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        """Every picture of a prepared split once, in turn, as evaluation sees it, with all its references."""
+
+    @abstractmethod
+    def picture(self, split: str, image_id: str) -> Path | Image.Image:
+        """A picture to show: its file, or itself."""
+
+    def attribute(self, split: str, name: str) -> dict[str, str]:
+        """The value of a column of the table for each picture of a split, by image id; "" where there is none.
+
+        Raises:
+            InputError: there is no such column, or no table.
+        """
+        raise InputError(f"by={name} needs a table with such a column: add +data.table=… +data.image_dir=…")
+
+    def coco_ids(self) -> dict[str, int]:
+        """The numbers of the pictures, by image id, where the table is COCO's; else nothing."""
+        return {}
+
+    @abstractmethod
+    def notes(self) -> list[str]:
+        """What a person should know of the prepared data, a line each."""
+
+    @abstractmethod
+    def left_out(self) -> dict[str, int]:
+        """Bad samples so far, by reason."""
+
+    def val_dataloader(self) -> CheckedLoader:
+        return self.evaluation_dataloader("val")
+
+    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
+        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
+        return batch.to(device, non_blocking=device.type == "cuda")
