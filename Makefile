@@ -52,10 +52,10 @@ study: setup
 	done; done
 	$(BIN)/python -m efficap.evaluation.compare $(STUDY)
 
-# One process more than there are cores: many tests wait for processes of their own.
+# One process more than there are cores: many tests wait for processes of their own. In the order of conftest.py.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$($(BIN)/python -c 'import os; print(os.cpu_count())') + 1 )) \
-	    --dist worksteal $(ARGS)
+	    --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup
 	PYTHONPATH=tests $(BIN)/python -m soak $(ARGS)
