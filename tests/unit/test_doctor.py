@@ -138,7 +138,7 @@ def test_a_clean_table_has_no_findings(tmp_path: Path, capsys: pytest.CaptureFix
     assert not (tmp_path / "captions.quarantine.csv").exists()
     screen = capsys.readouterr().out
     assert "Nothing is wrong" in screen
-    assert "Train: python train.py data=csv data.table=" in screen
+    assert "Train: python train.py model=small data=csv data.table=" in screen
 
 
 @pytest.fixture(scope="module")

@@ -27,6 +27,7 @@ _MAY_CHANGE = (
     "data.num_workers",
     "callbacks.",
     "data.read_timeout",
+    "data.max_bad_fraction",
     "training.max_bad_steps",
     "gradient_checkpointing",
 )

@@ -96,7 +96,14 @@ class CSVDataModule(CaptionDataModule):
         if in_table not in self._splits:
             sizes = ", ".join(f"{split} ({len(table)} pictures)" for split, table in self._splits.items())
             setting = f"data.{name}_split={in_table}" if name in self.split_names else f"split={name}"
-            raise InputError(f"{setting}: {self.table} has no picture in that split; it has {sizes}")
+            choose = (
+                f"data.{name}_split=NAME or, in eval.py, split=NAME"
+                if name in self.split_names
+                else "split=NAME"
+            )
+            raise InputError(
+                f"{setting}: {self.table} has no picture in that split; it has {sizes}: {choose} chooses one of these"
+            )
         return self._splits[in_table]
 
     def _read(self) -> None:

@@ -124,7 +124,11 @@ def _what_next(options: argparse.Namespace, diagnosis: Diagnosis, out: Path) -> 
             _setting("data.table", table),
             _setting("data.image_dir", _image_dir(table, options)),
         ]
-    return [*lines, f"Report: {out / 'report.html'}", f"Train: python train.py {' '.join(settings)}"]
+    return [
+        *lines,
+        f"Report: {out / 'report.html'}",
+        f"Train: python train.py model=small {' '.join(settings)}",
+    ]
 
 
 def _setting(name: str, value: object) -> str:

@@ -43,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if empties:
             print(f"{len(empties):,} rows without a caption left out")
         print(
-            f"python train.py data=webdataset data.shards={options.out_dir}/train "
+            f"python train.py model=small data=webdataset data.shards={options.out_dir}/train "
             f"data.val_shards={options.out_dir}/val data.caption_field=captions"
         )
     except (InputError, OSError) as error:
