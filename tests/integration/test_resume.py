@@ -18,6 +18,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import compose, tiny_overrides, write_colour_table
+from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 from test_scst import said
 
@@ -25,7 +26,8 @@ from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.errors import InputError
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage
+from efficap.training.callbacks import BestCheckpoint
+from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage, read_checkpoint
 from efficap.training.module import CaptionModule
 from efficap.training.self_critical import SelfCriticalModule
 
@@ -131,6 +133,80 @@ def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
     again = train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
     assert again == run
     assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "after", "step"),
+    [
+        (["data.batch_size=1", "trainer.accumulate_grad_batches=2"], 10, 6),  # in the middle of a step
+        (["trainer.check_val_every_n_epoch=3"], 3, 5),  # in the last step of an epoch that is not validated
+    ],
+)
+def test_a_signal_is_answered_with_a_checkpoint_as_soon_as_there_can_be_one(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overrides: list[str],
+    after: int,
+    step: int,
+) -> None:
+    settings = [*CHANCE, "checkpoint.every_steps=null", *overrides]
+    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *settings))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", after, terminate)
+        with pytest.raises(SystemExit):
+            train(compose("train", *tiny_overrides(folder, run), *settings))
+    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == step
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert_equal_runs(run, whole)
+
+
+def test_a_training_by_the_clock_that_is_stopped_in_its_last_validation_comes_to_an_end(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, real = tmp_path / "run", CaptionModule.validation_step
+
+    def stopped_once_time_is_up(self: CaptionModule, batch: Any, place: int) -> None:
+        timer = next(callback for callback in self.trainer.callbacks if isinstance(callback, Timer))  # type: ignore[attr-defined]
+        if (timer.time_remaining() or 1) < 0:
+            terminate()
+        real(self, batch, place)
+
+    limits = ["trainer.max_time=00:00:00:02", "trainer.max_epochs=1000", "trainer.limit_val_batches=2"]
+    limits += ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=1000"]
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionModule, "validation_step", stopped_once_time_is_up)
+        with pytest.raises(SystemExit) as stopped:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, *limits))
+        assert stopped.value.code == 143
+    assert not (run / "model.safetensors").exists()
+    steps = read_checkpoint(run / "checkpoints" / LAST)["global_step"]
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["finished"]
+    assert metrics["steps"] == steps + 1
+    assert (run / "model.safetensors").is_file()
+
+
+def test_a_training_whose_weights_could_not_be_written_is_not_finished(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(BestCheckpoint, "_export", refuse)
+        with (
+            pytest.warns(UserWarning, match="the best weights could not be written"),
+            pytest.raises(InputError, match="the weights could not be written at the end"),
+        ):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+    assert not json.loads((run / "metrics.json").read_text())["finished"]
+    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    assert json.loads((run / "metrics.json").read_text())["finished"]
+    assert (run / "model.safetensors").is_file()
 
 
 def stop_and_go_on(

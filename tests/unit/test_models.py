@@ -162,7 +162,7 @@ def test_loss_and_gradients_are_those_of_padded_captions_and_all_logits(label_sm
         assert (one - other).abs().max() <= 1e-5 * max(1.0, float(other.abs().max()))
 
 
-def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
+def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics() -> None:
     images, tokens = random_images(2), torch.randint(0, VOCAB, (2, 3, 8))
     batch = batch_of(images, tokens, torch.tensor([[8, 5, 3], [6, 8, 0]]))
     found = []
@@ -173,9 +173,16 @@ def test_checkpointing_changes_neither_loss_nor_gradients() -> None:
             captioner.checkpoint_gradients()
         loss = batch_loss(captioner, batch, label_smoothing=0.0)
         loss.backward()
-        found.append((loss.detach(), [p.grad for p in captioner.parameters()]))
-    (loss, gradients), (checkpointed_loss, checkpointed_gradients) = found
+        batch_loss(captioner, batch, label_smoothing=0.0).backward()  # the second step counts like the first
+        statistics = [b for name, b in captioner.named_buffers() if ".running_" in name]
+        found.append((loss.detach(), [p.grad for p in captioner.parameters()], statistics))
+    (loss, gradients, statistics), (checkpointed_loss, checkpointed_gradients, checkpointed_statistics) = (
+        found
+    )
     assert torch.allclose(loss, checkpointed_loss)
+    assert statistics
+    for one, other in zip(statistics, checkpointed_statistics, strict=True):
+        assert torch.allclose(one, other, atol=1e-6)
     for one, other in zip(gradients, checkpointed_gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

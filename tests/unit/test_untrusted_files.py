@@ -79,11 +79,12 @@ def test_an_encoder_whose_header_is_larger_than_its_file_is_refused(tmp_path: Pa
 
 def test_a_checkpoint_that_is_a_program_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.save({"state_dict": {"a": Program(tmp_path / "ran")}}, tmp_path / "best.ckpt")
-    monkeypatch.setattr(
-        ModelCheckpoint, "on_validation_end", lambda *_: None
-    )  # which writes it in a training
+
+    def name_it(callback: ModelCheckpoint, *_: object) -> None:  # which in a training it has written
+        callback.best_model_path, callback.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(1.0)
+
+    monkeypatch.setattr(ModelCheckpoint, "on_validation_end", name_it)
     callback = BestCheckpoint(tmp_path)
-    callback.best_model_path, callback.best_model_score = str(tmp_path / "best.ckpt"), torch.tensor(1.0)
     with pytest.warns(UserWarning, match="Weights only load failed"):
         callback.on_validation_end(SimpleNamespace(is_global_zero=True), SimpleNamespace())  # type: ignore[arg-type]
     assert not (tmp_path / "ran").exists()
@@ -287,13 +288,13 @@ def test_the_best_weights_that_a_checkpoint_names_elsewhere_are_neither_read_nor
     state = callback.state_dict()
     inside = str(tmp_path / "checkpoints" / "best.ckpt")
     for path in ("/etc/passwd", str(tmp_path / "checkpoints/../../x.ckpt"), "s3://bucket/x.ckpt"):
+        named = {"best_model_path": path, "last_model_path": path, "kth_best_model_path": path}
         callback.load_state_dict(
-            {**state, "best_model_path": path, "best_k_models": {path: 1.0, inside: 2.0}}
+            {**state, **named, "best_model_score": 2.0, "best_k_models": {path: 1.0, inside: 2.0}}
         )
-        assert callback.best_model_path == ""
+        assert {callback.best_model_path, callback.kth_best_model_path} == {inside}
         assert callback.best_k_models == {inside: 2.0}
-    callback.load_state_dict({**state, "best_model_path": inside})
-    assert callback.best_model_path == inside
+        assert callback.last_model_path == ""
 
 
 def test_what_a_file_says_to_the_terminal_is_shown_and_not_done() -> None:

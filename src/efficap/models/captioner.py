@@ -58,7 +58,7 @@ class CaptionModel(nn.Module):
 
     def checkpoint_gradients(self) -> None:
         """From now on train with less memory, and about a third more work: layers are computed again for gradients."""
-        self.encoder.backbone.set_grad_checkpointing(True)
+        self.encoder.checkpoint_gradients()
         self.decoder.gradient_checkpointing = True
 
     def compile_parts(self) -> None:

@@ -5,8 +5,9 @@ B images, H x W pixels, C channels of the last feature map, h x w its positions.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import timm
 import torch
 from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.errors import InputError
 from efficap.hub import hub_files
@@ -128,6 +130,7 @@ class ImageEncoder(nn.Module):
         self.backbone.to(memory_format=torch.channels_last)
         self.frozen = False
         self.freeze(frozen)
+        self._momentum: float | None = None  # of BatchNorm, where layers are computed twice
         # Not in the weights file: they belong to the preprocessing, which the run's configuration holds.
         self.register_buffer("mean", 255 * torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -156,6 +159,24 @@ class ImageEncoder(nn.Module):
         super().train(mode and not self.frozen)
         return self
 
+    def checkpoint_gradients(self) -> None:
+        """From now on keep only each block's input in training, and compute the block again for its gradients."""
+        self.backbone.set_grad_checkpointing(True)
+        [self._momentum] = {norm.momentum for norm in self._norms()}
+
+    def _norms(self) -> list[_BatchNorm]:
+        return [layer for layer in self.backbone.modules() if isinstance(layer, _BatchNorm)]
+
+    @contextlib.contextmanager
+    def _counted_once(self) -> Iterator[None]:
+        """Let BatchNorm's statistics take the pictures of a forward pass, and not once more as it is computed again."""
+        norms = self._norms() if self._momentum is not None else []
+        for norm in norms:
+            norm.momentum = self._momentum
+        yield
+        for norm in norms:
+            norm.momentum = 0.0
+
     def share_statistics(self) -> None:
         """From now on let BatchNorm take its statistics from the pictures of all processes, each of which has a GPU.
 
@@ -167,7 +188,8 @@ class ImageEncoder(nn.Module):
         """Map (B, 3, H, W) uint8 pictures to their (B, C, h, w) feature maps."""
         x = (images.to(self.mean.dtype) - self.mean) / self.std  # (B, 3, H, W)
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+        learns = torch.is_grad_enabled() and not self.frozen
+        with torch.set_grad_enabled(learns), self._counted_once():
             return self.backbone.forward_features(x)  # (B, C, h, w)
 
 

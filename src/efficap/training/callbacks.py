@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,21 +56,24 @@ class BestCheckpoint(ModelCheckpoint):
             auto_insert_metric_name=False,
         )
         self.run_dir = run_dir
-        self._exported: Tensor | None = None
+        self._is_exported = True  # model.safetensors has the best weights so far
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "is_exported": self._is_exported}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # A checkpoint may come from anywhere, and what is best until now is read and, later, removed.
-        files = {
-            name: state_dict.get(name)
-            for name in ("best_model_path", "last_model_path", "kth_best_model_path")
+        # A checkpoint may come from anywhere, and what is best until now is read and, later, removed; the run may have
+        # been moved since. So of the path nothing counts but that there is one.
+        best = f"{self.dirpath}/best.ckpt" if state_dict["best_model_path"] else ""
+        score = state_dict["best_model_score"]
+        own = {
+            "dirpath": self.dirpath,
+            "best_model_path": best,
+            "kth_best_model_path": best,
+            "last_model_path": "",
         }
-        kept = {name: str(file) if self._is_own(file) else "" for name, file in files.items()}
-        best_k = {file: score for file, score in state_dict["best_k_models"].items() if self._is_own(file)}
-        super().load_state_dict({**state_dict, **kept, "best_k_models": best_k})
-        self._exported = self.best_model_score  # model.safetensors has them already
-
-    def _is_own(self, file: Any) -> bool:
-        return isinstance(file, str) and Path(os.path.normpath(file)).parent == Path(str(self.dirpath))
+        super().load_state_dict({**state_dict, **own, "best_k_models": {best: score} if best else {}})
+        self._is_exported = state_dict.get("is_exported", True)  # earlier versions did not say
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -95,11 +97,12 @@ class BestCheckpoint(ModelCheckpoint):
         with or_the_end("the weights", self.run_dir):
             if weights is not None:
                 self._export(weights)
-            elif best is not self._exported:  # the disk had no room for them
+            elif not self._is_exported:  # the disk had no room for them
                 self._export_best()
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         before, failed = copy.deepcopy(self.state_dict()), False
+        best = self.best_model_score
         try:
             with others_let_go(trainer):
                 super().on_validation_end(trainer, pl_module)
@@ -108,14 +111,16 @@ class BestCheckpoint(ModelCheckpoint):
             failed = True
         if largest(failed)[0]:
             self.load_state_dict(before)
-        if self.best_model_score is not self._exported and trainer.is_global_zero:
+        elif self.best_model_score is not best:
+            self._is_exported = False
+        if not self._is_exported and trainer.is_global_zero:
             with only_warning("the best weights"):
                 self._export_best()
 
     def _export_best(self) -> None:
         checkpoint = torch.load(self.best_model_path, map_location="cpu", weights_only=True, mmap=True)
         self._export(checkpoint["state_dict"])
-        self._exported = self.best_model_score
+        self._is_exported = True
 
     def _export(self, weights: dict[str, Tensor]) -> None:
         save_weights({key.removeprefix("captioner."): value for key, value in weights.items()}, self.run_dir)

@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.loops.evaluation_loop import RestartStage
 from torch import Tensor
 
@@ -88,6 +88,17 @@ class ResumePoint(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validation_due = bool(state_dict["validation_due"])
 
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if not self._validation_due:
+            return
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            remaining = callback.time_remaining() if isinstance(callback, Timer) else None
+            if remaining is not None and remaining <= 0:
+                # Lightning would do nothing with it. So it has a moment left: for the validation, and one step more.
+                checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"] += remaining - 1e-3
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._listen()
@@ -101,7 +112,10 @@ class ResumePoint(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._publish()  # only now, when the step of the checkpoint has been logged
-        self._stop_if_asked()
+        # In an epoch of a single step there is never a place to go on from, but for its validation.
+        single = trainer.num_training_batches <= trainer.accumulate_grad_batches
+        if single or trainer.global_step == self._saved_step:
+            self._stop_if_asked()
         epoch = self.stage.epochs + trainer.current_epoch
         name = f"{self.seed} {trainer.global_rank} {epoch} {batch_idx}"
         torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "little"))

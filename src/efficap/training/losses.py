@@ -72,6 +72,10 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    if (
+        not torch.is_grad_enabled()
+    ):  # a Function is not told, and would make gradients of what could have them
+        hidden, head = hidden.detach(), head.detach()
     with torch.autocast(device, enabled=False):
         total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, label_smoothing)
     return total / max(1, len(targets))

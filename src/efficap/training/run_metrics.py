@@ -44,7 +44,7 @@ class RunMetrics(Callback):
         self.bad_steps = torch.zeros((), dtype=torch.int64)  # on the device, too
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
-        self.finished = False
+        self._at_end: dict[str, Any] | None = None  # what metrics.json said at the end of training
         self._resumed_at = 0.0
         if before is not None:
             self.load_state_dict(before.state_dict())
@@ -115,11 +115,15 @@ class RunMetrics(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._rate()
-            self.finished = self.stage.is_last
             with or_the_end("metrics.json", self.run_dir):
-                self._write(trainer)
+                self._at_end = self._write(trainer)
 
-    def _write(self, trainer: pl.Trainer) -> None:
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._at_end is not None and self.stage.is_last:  # and the weights have been written, too
+            with or_the_end("metrics.json", self.run_dir):
+                self._replace({**self._at_end, "finished": True})
+
+    def _write(self, trainer: pl.Trainer) -> dict[str, Any]:
         for logger in trainer.loggers:
             logger.save()
         with only_warning("curves.png"):
@@ -129,7 +133,7 @@ class RunMetrics(Callback):
         # Scores of other stages are of other data, and of weights that this one has gone on from.
         history = [entry for entry in self.history if (entry["step"] or 0) > self.stage.steps]
         metrics = {
-            "finished": self.finished,
+            "finished": False,
             "stage": self.stage.name,
             "steps": self._steps(trainer),
             "epochs": self.stage.epochs + trainer.current_epoch,
@@ -143,6 +147,10 @@ class RunMetrics(Callback):
             "best": max(reversed(history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
             "last": history[-1] if history else None,
         }
+        self._replace(metrics)
+        return metrics
+
+    def _replace(self, metrics: dict[str, Any]) -> None:
         with replacing(self.run_dir / METRICS_FILE) as file:
             file.write((json.dumps(metrics, indent=2) + "\n").encode())
 
