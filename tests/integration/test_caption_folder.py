@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table
+from started import Started
 
 from efficap.commands import caption as command
 from efficap.commands.caption import caption
@@ -27,7 +25,6 @@ from efficap.errors import InputError
 from efficap.training.writer import CaptionWriter
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 PICTURES = 40
 
 
@@ -75,17 +72,12 @@ def test_a_killed_run_is_gone_on_with_and_gives_what_an_undisturbed_one_gives(
         shutil.copy(pictures / f"train_{number % 8}.jpg", images / f"{number:03}.jpg")
     (images / "broken.jpg").write_bytes(b"no picture")
     slowly = ["decoding=beam", "decoding.num_beams=2", "decoding.batch_size=1"]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "caption.py"), *settings(run, images, killed), *slowly],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+    process = Started("caption.py", *settings(run, images, killed), *slowly)
     journal = killed / "captions.jsonl"
     deadline = time.monotonic() + 90
     while not (journal.exists() and journal.read_bytes().count(b"\n") >= 5) and time.monotonic() < deadline:
         time.sleep(0.005)
-    process.send_signal(signal.SIGKILL)
+    process.send(signal.SIGKILL)
     assert process.wait(30) == -signal.SIGKILL, "it was still at work"
     done = [row["file"] for row in lines(killed)]
     assert 5 <= len(done) < PICTURES

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -15,6 +12,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import compose, tiny_overrides, write_colour_table
+from started import Started
 
 from efficap.commands.caption import caption
 from efficap.commands.train import train
@@ -23,7 +21,6 @@ from efficap.data.table import CaptionTable, read_table
 from efficap.errors import InputError
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +37,7 @@ def run_and_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path
     return run, folder / "shards"
 
 
-def command(run: Path, shards: Path, out: Path) -> list[str]:
+def start(run: Path, shards: Path, out: Path) -> Started:
     settings = [
         f"run={run}",
         f"images={shards}",
@@ -49,18 +46,7 @@ def command(run: Path, shards: Path, out: Path) -> list[str]:
         "num_workers=0",
         "accelerator=cpu",
     ]
-    return [sys.executable, str(ROOT / "caption.py"), *settings, "decoding=beam", "decoding.num_beams=2"]
-
-
-def start(run: Path, shards: Path, out: Path) -> subprocess.Popen[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command(run, shards, out),
-        text=True,
-        stderr=subprocess.PIPE,
-        stdout=subprocess.DEVNULL,
-        env=environment,
-    )
+    return Started("caption.py", *settings, "decoding=beam", "decoding.num_beams=2")
 
 
 def lines(out: Path) -> list[str]:
@@ -79,7 +65,7 @@ def test_a_run_killed_three_times_gives_what_an_undisturbed_one_gives(
         deadline = time.monotonic() + 60
         while len(list(killed.glob("*.parquet"))) < done and time.monotonic() < deadline:
             time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
+        process.send(signal.SIGKILL)
         assert process.wait(30) == -signal.SIGKILL, "it was still at work"
     before = {file: file.stat().st_mtime_ns for file in killed.glob("*.parquet")}
     assert 14 <= len(before) < 20
@@ -93,9 +79,12 @@ def test_a_run_killed_three_times_gives_what_an_undisturbed_one_gives(
 def test_processes_share_the_shards(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
     run, shards = run_and_shards
     processes = [start(run, shards, tmp_path) for _ in range(2)]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0]
-    counts = [int(found[1]) for error in errors if (found := re.search(r"(\d+) pictures captioned", error))]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    counts = [
+        int(found[1])
+        for process in processes
+        if (found := re.search(r"(\d+) pictures captioned", process.errors))
+    ]
     assert sum(counts) == 120, "each picture once, by one of the two"
     assert len(lines(tmp_path)) == 120
 

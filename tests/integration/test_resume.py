@@ -6,8 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ import torch
 from conftest import compose, tiny_overrides, write_colour_table
 from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
+from started import Started
 from test_scst import said
 
 from efficap.commands.train import train
@@ -432,42 +431,24 @@ def test_an_interval_that_is_none_is_refused(folder: Path, tmp_path: Path, setti
 def test_processes_that_are_killed_or_asked_to_end(folder: Path, undisturbed: Path, tmp_path: Path) -> None:
     """The real thing: kill -9, then Ctrl-C, then to the end."""
     run = tmp_path / "run"
-    command = [
-        sys.executable,
-        "train.py",
-        *tiny_overrides(folder, run),
-        *CHANCE,
-        f"hydra.run.dir={tmp_path / 'h'}",
-    ]
 
-    def started(arguments: list[str]) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            arguments,
-            cwd=Path(__file__).parents[2],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def wait_for_checkpoint(process: subprocess.Popen[str], newer_than: float) -> None:
+    def wait_for_checkpoint(process: Started, newer_than: float) -> None:
         file = run / "checkpoints" / LAST
-        while process.poll() is None and not (file.is_file() and file.stat().st_mtime > newer_than):
+        while process.is_alive() and not (file.is_file() and file.stat().st_mtime > newer_than):
             time.sleep(0.002)
 
-    first = started(command)
+    first = Started("train.py", *tiny_overrides(folder, run), *CHANCE, f"hydra.run.dir={tmp_path / 'h'}")
     wait_for_checkpoint(first, 0)
-    first.kill()
-    first.communicate()
+    first.send(signal.SIGKILL)
+    first.wait(120)
     before = (run / "checkpoints" / LAST).stat().st_mtime
-    again = [sys.executable, "train.py", f"resume={run}", f"hydra.run.dir={tmp_path / 'h2'}"]
-    second = started(again)
+    again = ["train.py", f"resume={run}", f"hydra.run.dir={tmp_path / 'h2'}"]
+    second = Started(*again)
     wait_for_checkpoint(second, before)
-    second.send_signal(signal.SIGINT)
-    _, errors = second.communicate(timeout=120)
-    if second.returncode != 0:  # it may have been at its end
-        assert second.returncode == 130
-        assert f"stopped by SIGINT; python train.py resume={run} goes on" in errors
-        assert "Traceback" not in errors
-        assert started(again).wait(timeout=120) == 0
+    second.send(signal.SIGINT)
+    if second.wait(120) != 0:  # it may have been at its end
+        assert second.status == 130
+        assert f"stopped by SIGINT; python train.py resume={run} goes on" in second.errors
+        assert "Traceback" not in second.errors
+        assert Started(*again).wait(120) == 0
     assert_equal_runs(run, undisturbed)

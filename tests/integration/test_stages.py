@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -16,6 +14,7 @@ import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
+from started import Started
 from test_resume import CHANCE, KilledError, assert_equal_runs, die_at, kill, log_of, said, terminate
 
 from efficap.batch import CaptionBatch
@@ -293,19 +292,14 @@ def test_processes_that_are_killed_in_each_stage(
     folders: dict[str, Path], whole: Path, tmp_path: Path
 ) -> None:
     """The real thing: kill -9 in the first stage and in the second, from the command line."""
-    run, root = tmp_path / "run", Path(__file__).parents[2]
+    run = tmp_path / "run"
     said = [o for o in overrides(folders, run) if not o.startswith("trainer.max_epochs")]
     for stage, arguments in (("first", said), ("second", [f"resume={run}"]), (None, [f"resume={run}"])):
-        process = subprocess.Popen(
-            [sys.executable, "train.py", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}"],
-            cwd=root,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.DEVNULL,
-        )
+        process = Started("train.py", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
         file = run / "checkpoints" / LAST
-        while process.poll() is None and not (stage and file.is_file() and stage_of(file).name == stage):
+        while process.is_alive() and not (stage and file.is_file() and stage_of(file).name == stage):
             time.sleep(0.002)
         if stage:
-            process.kill()
-        assert process.wait() in (0, -9)  # it may have been at its end
+            process.send(signal.SIGKILL)
+        assert process.wait(200) in (0, -9)  # it may have been at its end
     assert_equal_runs(run, whole)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -13,24 +11,18 @@ import pandas as pd
 import pytest
 from conftest import tiny_overrides, write_colour_table
 from rich.console import Console
+from started import Started
 
 from efficap.training.progress import at_work
 from efficap.training.watch import FINISHED, STOPPED, TRAINING, read_run, watch
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
-def start(folder: Path, run: Path, *more: str) -> subprocess.Popen[bytes]:
-    options = [*tiny_overrides(folder, run), f"hydra.run.dir={run}", *more]
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "train.py"), *options],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def start(folder: Path, run: Path, *more: str) -> Started:
+    process = Started("train.py", *tiny_overrides(folder, run), f"hydra.run.dir={run}", *more)
     deadline = time.monotonic() + 200
-    while not at_work(run) and process.poll() is None and time.monotonic() < deadline:
+    while not at_work(run) and process.is_alive() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert at_work(run)
     return process
@@ -53,7 +45,7 @@ def test_watching_ends_when_the_training_has(tmp_path: Path) -> None:
 def test_watching_ends_when_the_training_is_killed(tmp_path: Path) -> None:
     folder = write_colour_table(tmp_path / "colours")
     process = start(folder, tmp_path / "run", "trainer.max_epochs=-1", "trainer.max_steps=-1")
-    process.send_signal(signal.SIGKILL)
+    process.send(signal.SIGKILL)
     with open(os.devnull, "w") as nowhere:
         last = watch(tmp_path / "run", Console(file=nowhere), every=0.1, samples=2)
     assert process.wait(30) == -signal.SIGKILL

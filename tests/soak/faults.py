@@ -21,7 +21,7 @@ class NotSurvivedError(RuntimeError):
 
 def _check(life: Life, is_so: bool, wanted: str) -> None:
     if not is_so or "Traceback" in life.errors:
-        status = life.process.poll()
+        status = life.process.status
         raise NotSurvivedError(f"{wanted} was wanted; status {status}, and it said:\n{life.errors}")
 
 
@@ -30,7 +30,7 @@ def _check(life: Life, is_so: bool, wanted: str) -> None:
 
 def _signal(number: signal.Signals, status: int) -> Callable[[Life, Random], bool]:
     def throw(life: Life, random: Random) -> bool:
-        life.process.send_signal(number)
+        life.process.send(number)
         ended = life.end()
         if ended == 0 or life.training.is_finished():
             return False
@@ -49,7 +49,7 @@ def _kill_loader(life: Life, random: Random) -> bool:
         os.kill(process, signal.SIGKILL)
     if life.end() == 0:
         return False
-    _check(life, life.process.returncode == 1 and "that loads pictures" in life.errors, "its name")
+    _check(life, life.process.status == 1 and "that loads pictures" in life.errors, "its name")
     return True
 
 
@@ -68,7 +68,7 @@ def _corrupt(life: Life, random: Random) -> bool:
             return False
     _check(
         life,
-        life.process.returncode == 1 and "error: " in life.errors and name in life.errors,
+        life.process.status == 1 and "error: " in life.errors and name in life.errors,
         f"{name}, named",
     )
     return True

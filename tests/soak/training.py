@@ -5,17 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
 
 import pandas as pd
 import torch
 from safetensors.torch import load_file
+from started import Started
 from torch import Tensor
 
 from efficap.data.demo.writing import write_demo
@@ -23,7 +20,6 @@ from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.training.checkpoints import LAST, PREVIOUS, damage
 
-ROOT = Path(__file__).parents[2]
 PATIENCE = 300  # seconds, after which a process is taken to hang
 PICTURES = 96
 BATCHES = 12  # an epoch
@@ -117,26 +113,16 @@ class Life:
     def __init__(self, settings: list[str], training: Training) -> None:
         self.training, self.began = training, time.time_ns()
         # Without W&B's service of this process, which would outlive the one that is killed.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-        own |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "PYTHONPATH": str(ROOT / "src")}
-        pipes: dict[str, Any] = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
-        self.process = subprocess.Popen([sys.executable, "train.py", *settings], cwd=ROOT, env=own, **pipes)
-        self._errors: list[bytes] = []
-        assert self.process.stderr is not None
-        self._reader = threading.Thread(target=self._read, args=(self.process.stderr,), daemon=True)
-        self._reader.start()
-
-    def _read(self, pipe: IO[bytes]) -> None:
-        for line in pipe:
-            self._errors.append(line)
+        without = dict.fromkeys(name for name in os.environ if name.startswith("WANDB_"))
+        self.process = Started("train.py", *settings, **{**without, "WANDB_SILENT": "true"})
 
     @property
     def errors(self) -> str:
         """What it has said on stderr so far."""
-        return b"".join(self._errors).decode(errors="replace")
+        return self.process.errors
 
     def is_alive(self) -> bool:
-        return self.process.poll() is None
+        return self.process.is_alive()
 
     def wait_for(self, what: Callable[[], object]) -> bool:
         """Wait until something is so; returns False where the process ends before.
@@ -170,12 +156,9 @@ class Life:
             HangsError: it does not end.
         """
         try:
-            status = self.process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            raise HangsError(f"it has not ended for {PATIENCE} s; it said:\n{self.errors}") from None
-        self._reader.join(10)
-        return status
+            return self.process.wait(PATIENCE)
+        except TimeoutError as error:
+            raise HangsError(str(error)) from None
 
     def children(self, name: str) -> list[int]:
         """The processes of this name that it has started."""
