@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
 
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
+from efficap.commands.said import said_settings
 from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
@@ -112,10 +112,8 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
         return settings  # of a run whose settings are those of the command line, to the last one
     if isinstance(settings["logger"], dict) and "save_dir" in settings["logger"]:
         settings["logger"] = {**settings["logger"], "save_dir": str(run.path)}  # the run may have been moved
-    said = set()
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else []:
-        key = override.partition("=")[0].lstrip("+")
-        said.add(key)
+    said = said_settings()
+    for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
             continue  # said once more, for a run's own code is not imported
         if not key.startswith(_MAY_CHANGE) or (settings["stages"] and is_of_stages(key)):
