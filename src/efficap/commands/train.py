@@ -189,7 +189,11 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
                         f"data._target_={cfg['data']['_target_']} is no data module: none of CaptionData's"
                     )
             data[name] = made[key]
-            check_feature_cache(data[name], frozen=cfg["model"]["encoder"]["frozen"])
+            check_feature_cache(
+                data[name],
+                frozen=cfg["model"]["encoder"]["frozen"],
+                start_size=cfg["training"].get("start_size"),
+            )
             with first_alone(f"prepare {key}"):
                 data[name].prepare_data()
     return data
