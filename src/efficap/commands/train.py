@@ -40,7 +40,7 @@ from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
-from efficap.training.progress import METRICS_FILE, begun
+from efficap.training.progress import METRICS_FILE, begun, check_free
 from efficap.training.stage import Stage
 
 
@@ -74,6 +74,8 @@ def _settings(
     if resumed and resumed.path != asked.resolve():
         leave_no_trace(asked)
     finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
+    if resumed and not finished:
+        check_free(resumed.path)
     return resolved, init_from, resumed, finished
 
 
@@ -140,9 +142,10 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
     make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
-    if is_first():
-        write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-    with begun(run_dir) if is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        from_first(lambda: held.enter_context(begun(run_dir)))
+        if is_first():
+            write_run(run_dir, {**cfg, "resume": None}, tokenizer)
         try:
             loggers = build_loggers(cfg, run_dir, log)
             with losses_named():
