@@ -199,6 +199,8 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
             )
             with first_alone(f"prepare {key}"):
                 data[name].prepare_data()
+            # Shards are indexed now, while the others wait for days and not for minutes, as in `from_first`.
+            _ = data[name].training_size
     return data
 
 
