@@ -243,6 +243,35 @@ def test_weights_and_biases_that_does_not_end_leaves_its_files(
     assert wandb.run is None
 
 
+def test_an_artifact_that_cannot_be_made_does_not_end_a_finished_training_badly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+    def is_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb.Artifact, "add_file", is_full)
+    asked = ["logger=wandb", "logger.artifact=true", "trainer.max_epochs=1"]
+    run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *asked))
+    told = f"W&B takes no artifact of {run}: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err.count(told) == 1
+    [file] = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert finished_run(file).exit_codes == [0]
+
+
+def test_a_training_without_a_logger_comes_to_its_end(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = compose("train", *tiny_overrides(folder, tmp_path / "run"), "trainer.max_epochs=1")
+    run = train({**cfg, "logger": None})
+    assert f"run directory: {run}" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_never_comes_is_left_out(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
