@@ -354,6 +354,21 @@ def test_a_run_goes_on_with_its_own_settings(
         train(compose("train", "name=x", "output_dir=x", "resume=nowhere"))
 
 
+def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    # Its last checkpoint is of before the third epoch's validation, after 12 steps.
+    for below, reached in (("trainer.max_epochs=1", 2), ("trainer.max_steps=11", 12)):
+        said(monkeypatch, f"resume={run}", below)
+        with pytest.raises(
+            InputError, match=rf"{below} must be at least {reached}, to which the training has"
+        ):
+            train(compose("train", "name=x", "output_dir=x", f"resume={run}", below))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+
+
 def test_wandb_goes_on_with_its_run_and_says_how_to_send_it(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -142,6 +142,17 @@ def _changed(settings: Any, cfg: Any, path: list[str]) -> Any:
     return {**settings, path[0]: _changed(settings.get(path[0]), cfg[path[0]], path[1:])}
 
 
+def check_limits(checkpoint: Path, trainer: dict[str, Any]) -> None:
+    """Raises InputError where the limits of a stage's trainer are below what it has come to at a checkpoint."""
+    found = read_checkpoint(checkpoint)
+    for limit, reached in (("max_epochs", found["epoch"]), ("max_steps", found["global_step"])):
+        if trainer[limit] != -1 and reached > trainer[limit]:
+            raise InputError(
+                f"trainer.{limit}={trainer[limit]} must be at least {reached}, to which the training has come; leave "
+                "it out, or start anew"
+            )
+
+
 def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:
     """The rows of a run's metrics.csv up to its checkpoint `file`; None where there is no log."""
     log = run.path / "metrics.csv"

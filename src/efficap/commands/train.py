@@ -20,7 +20,7 @@ from efficap.commands.job import recorded
 from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.processes import check_processes, check_sharding, requeue
-from efficap.commands.resume import is_finished, leave_no_trace, log_until
+from efficap.commands.resume import check_limits, is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import STAGE, TRAIN, check_data
@@ -115,6 +115,10 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
+    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
+    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
+    if checkpoint:
+        check_limits(checkpoint, stages[stage.name]["trainer"])
     data = _data(stages)
     tokenizer = from_first(lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from))
     for its_data, name in _owners(data).items():
@@ -125,7 +129,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     for name in stages:
         with naming(name):
             _check_length(captioner, "data.max_tokens", data[name].max_tokens)
-    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
     if checkpoint:
         _load_checkpoint(captioner, checkpoint)  # features are looked up by them
     elif init_from:
@@ -139,7 +142,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     if cfg["compile"]:
         captioner.compile_parts()
 
-    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
     make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
     with contextlib.ExitStack() as held:
