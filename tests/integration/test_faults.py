@@ -137,7 +137,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
     assert re.search(
         rf"process ({'|'.join(map(str, killed))}) that loads pictures (was killed|died)", str(error.value)
     )
-    assert f"python train.py resume={run} goes on from it" in str(error.value)
+    assert f"python train.py resume={run} goes on from the latest checkpoint" in str(error.value)
     assert time.monotonic() - started < 120, "it does not wait for ever"
     train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)
@@ -156,7 +156,7 @@ def test_memory_that_runs_out_is_told_with_what_helps(
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     assert str(error.value) == (
         "out of memory; what helps: data.batch_size=1 trainer.accumulate_grad_batches=2, gradient_checkpointing=true, "
-        f"trainer.precision=bf16-mixed. The latest checkpoint is kept: python train.py resume={run} goes on from it"
+        f"trainer.precision=bf16-mixed; python train.py resume={run} goes on from the latest checkpoint"
     )
     train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)

@@ -295,6 +295,20 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_training(
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def test_a_training_stopped_before_it_has_a_checkpoint_does_not_say_that_it_can_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", is_full)
+    die_at(monkeypatch, "training_step", 1, terminate)
+    with pytest.warns(UserWarning, match="no checkpoint at step"), pytest.raises(SystemExit) as stopped:
+        train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+    assert stopped.value.code == 143
+    assert "stopped by SIGTERM; there is no checkpoint yet: start anew\n" in capsys.readouterr().err
+
+
 def test_the_same_command_again_goes_on_by_itself(
     folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

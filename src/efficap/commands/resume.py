@@ -66,7 +66,7 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
         folders = sorted((file.parent for file in found), reverse=True)
     for folder in folders:
         run = RunDirectory(folder, "resume")
-        if not (is_finished(run) or _has_checkpoint(run)):
+        if not (is_finished(run) or has_checkpoint(run.path)):
             continue
         if _compared(run.config) == _compared(cfg):
             return run
@@ -83,8 +83,9 @@ def is_finished(run: RunDirectory) -> bool:
     return file.is_file() and bool(json.loads(file.read_text()).get("finished"))
 
 
-def _has_checkpoint(run: RunDirectory) -> bool:
-    return any((run.path / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any((run_dir / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def _compared(config: dict[str, Any]) -> str:

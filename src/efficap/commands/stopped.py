@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from efficap.commands.faults import dead_loader
+from efficap.commands.resume import has_checkpoint
 from efficap.errors import InputError
-from efficap.training.checkpoints import LAST
 from efficap.training.memory import is_out_of_memory
 
 
@@ -26,7 +26,14 @@ def explained(cfg: dict[str, Any]) -> Iterator[None]:
         reason = _memory(cfg) if is_out_of_memory(error) else dead_loader(error)
         if reason is None:
             raise
-        raise InputError(f"{reason}. {_way_on(Path(cfg['output_dir']))}") from error
+        raise InputError(f"{reason}; {way_on(Path(cfg['output_dir']))}") from error
+
+
+def way_on(run_dir: Path) -> str:
+    """How a training that has ended early goes on."""
+    if not has_checkpoint(run_dir):
+        return "there is no checkpoint yet: start anew"
+    return f"python train.py resume={run_dir} goes on from the latest checkpoint"
 
 
 def _memory(cfg: dict[str, Any]) -> str:
@@ -44,9 +51,3 @@ def _memory(cfg: dict[str, Any]) -> str:
     if "mixed" in str(cfg["trainer"]["precision"]):
         helping.remove("trainer.precision=bf16-mixed")
     return f"out of memory; what helps: {', '.join(helping[:3])}"
-
-
-def _way_on(run_dir: Path) -> str:
-    if not (run_dir / "checkpoints" / LAST).is_file():
-        return "There is no checkpoint yet: start anew"
-    return f"The latest checkpoint is kept: python train.py resume={run_dir} goes on from it"

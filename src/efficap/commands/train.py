@@ -26,6 +26,7 @@ from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
+from efficap.commands.stopped import way_on
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
 from efficap.data.caption_data import CaptionData
 from efficap.decoding import build_decoding
@@ -155,7 +156,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         except Stopped as stopped:
             finish_wandb(exit_code=stopped.exit_status)
             if is_first():
-                print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+                print(f"stopped by {stopped}; {way_on(run_dir)}", file=sys.stderr)
             leave()
             if stopped.by_slurm and launch().rank == 0:
                 requeue()
