@@ -22,12 +22,16 @@ import pytest
 import torch
 from conftest import compose, tiny_overrides, write_colour_table
 from test_resume import CHANCE, assert_equal_runs, die_at
+from test_scst import said
 from torch.utils.data import DataLoader
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands import entry
 from efficap.commands.metrics_csv import MetricsLogger
+from efficap.commands.resume import with_settings_of
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
+from efficap.commands.trainer import used_precision
 from efficap.data import pictures
 from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes
@@ -155,11 +159,45 @@ def test_memory_that_runs_out_is_told_with_what_helps(
         with pytest.raises(InputError) as error:
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     assert str(error.value) == (
-        "out of memory; what helps: data.batch_size=1 trainer.accumulate_grad_batches=2, gradient_checkpointing=true, "
-        f"trainer.precision=bf16-mixed; python train.py resume={run} goes on from the latest checkpoint"
+        f"out of memory; python train.py resume={run} goes on from the latest checkpoint, with "
+        "gradient_checkpointing=true trainer.precision=bf16-mixed in less memory; for a new training, which takes the "
+        f"weights by init_from={run}: data.batch_size=1 trainer.accumulate_grad_batches=2, or a model.image_size "
+        "below 64"
     )
+    advice = [f"resume={run}", "gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
+    with monkeypatch.context() as patch:
+        said(patch, *advice)
+        settings = with_settings_of(RunDirectory(run), compose("train", "name=x", "output_dir=x", *advice))
+        assert (settings["gradient_checkpointing"], settings["trainer"]["precision"]) == (True, "bf16-mixed")
     train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)
+
+
+def test_memory_that_runs_out_before_there_is_a_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out() -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    die_at(monkeypatch, "training_step", 0, run_out)
+    monkeypatch.setattr(
+        "efficap.commands.stopped.used_precision", lambda _: "bf16-mixed"
+    )  # as null is on a GPU
+    with pytest.raises(InputError) as error:
+        train(compose("train", *tiny_overrides(folder, tmp_path / "run")))
+    assert str(error.value) == (
+        "out of memory; there is no checkpoint yet: start anew; what helps: gradient_checkpointing=true, "
+        "data.batch_size=2 trainer.accumulate_grad_batches=2, a model.image_size below 64"
+    )
+
+
+def test_null_is_the_precision_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = compose("train", "name=x", "output_dir=x")["trainer"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert used_precision(auto) == "bf16-mixed"
+    assert used_precision({**auto, "accelerator": "cpu"}) == "32-true"
+    assert used_precision({**auto, "precision": "16-mixed"}) == "16-mixed"
 
 
 def children(of: int, name: str | None = None) -> list[int]:

@@ -82,6 +82,14 @@ def fitting() -> Iterator[None]:
         raise
 
 
+def used_precision(trainer: dict[str, Any]) -> Any:
+    """The precision that a training computes in: trainer.precision, and what null stands for."""
+    if trainer["precision"] is not None:
+        return trainer["precision"]
+    on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+
+
 def build_trainer(
     settings: dict[str, Any],
     loggers: list[Logger],
@@ -97,11 +105,7 @@ def build_trainer(
         some_rest: whether some parameters that learn do not do so in each step.
     """
     settings = dict(settings)
-    if settings["precision"] is None:
-        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
-        settings["precision"] = (
-            "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
+    settings["precision"] = used_precision(settings)
     settings |= strategy_settings(settings.get("strategy"), some_rest=some_rest)
     if settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar()]
