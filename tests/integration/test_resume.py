@@ -21,6 +21,7 @@ from conftest import compose, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
 from test_scst import said
 
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
@@ -236,7 +237,16 @@ def test_shards_and_tables_mixed(
         die_at(patch, "training_step", after, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={run}"))
-    assert_equal_runs(train(compose("train", *overrides, f"resume={run}", "output_dir=x")), whole)
+    said(monkeypatch, f"resume={run}", "data.num_workers=0")
+    with pytest.raises(
+        InputError, match=r"here it is \+\+data.sources.first.num_workers=0, .*second.num_workers=0$"
+    ):
+        train(compose("train", "name=x", "output_dir=x", f"resume={run}", "data.num_workers=0"))
+    change = "++data.sources.second.num_workers=0"
+    said(monkeypatch, f"resume={run}", change)
+    assert_equal_runs(train(compose("train", "name=x", "output_dir=x", f"resume={run}", change)), whole)
+    sources = RunDirectory(run).config["data"]["sources"]
+    assert [sources[name]["num_workers"] for name in ("first", "second")] == [1, 0]
 
 
 def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
