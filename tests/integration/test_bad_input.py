@@ -66,6 +66,12 @@ MISTAKES = {
     "decoding=beam decoding.num_beams=0": r"error: decoding.num_beams=0 must be at least 1; use decoding=greedy",
     "trainer.max_epoch=2": r"error: trainer.max_epoch is no setting here; nearest: trainer.max_epochs",
     "trainer.max_epochs=many": r"error: trainer.max_epochs=many must be a whole number",
+    "trainer.max_epochs=0": r"error: trainer.max_epochs=0 must be a whole number of at least 1, or -1 for no limit",
+    "trainer.max_steps=0": r"error: trainer.max_steps=0 must be a whole number of at least 1, or -1 for no limit",
+    "trainer.max_time='00:00:00:00'": r"error: trainer.max_time=00:00:00:00 must be above 0; null: no limit",
+    "trainer.log_every_n_steps=0": r"error: trainer.log_every_n_steps=0 must be a whole number of at least 1",
+    "trainer.val_check_interval=0": r"error: trainer.val_check_interval=0 must be above 0; null: the end of each epoch",
+    "trainer.limit_train_batches=0.0": r"error: trainer.limit_train_batches=0.0 must be above 0; null: all",
     "data.image_dir=a[b]c": r"error: data.image_dir=a\[b\]c cannot be read; put a value .* in inner quotes",
 }
 
@@ -88,6 +94,40 @@ def test_a_mistake_is_told_in_one_line_before_training(
     assert re.search(MISTAKES[mistake], errors[0]), errors[0]
     assert "Traceback" not in stderr
     assert not (tmp_path / "run").exists(), "nothing was begun"
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (
+            "trainer.val_check_interval=500",
+            (
+                r"error: trainer.val_check_interval=500 must be at most 2, the batches of an epoch; .*"
+                r"trainer.check_val_every_n_epoch=null"
+            ),
+        ),
+        (
+            "trainer.limit_train_batches=0.1",
+            r"error: trainer.limit_train_batches=0.1 of 2 batches is none; give",
+        ),
+        ("trainer.limit_val_batches=0.1", r"error: trainer.limit_val_batches=0.1 of 1 batches is none; give"),
+        (
+            "+stages.a.trainer={max_epochs: 1, val_check_interval: 500}",
+            r"error: stages.a: trainer.val_check_interval=500 must be at most 2",
+        ),
+    ],
+)
+def test_a_number_that_does_not_fit_the_batches_is_told_in_one_line(
+    setting: str, message: str, colour_table: Path, tmp_path: Path, run: Callable[..., tuple[int, str]]
+) -> None:
+    overrides = [o for o in tiny_overrides(colour_table, tmp_path / "run") if "max_epochs" not in o]
+    status, stderr = run("train.py", *overrides, setting)
+    assert status == 1
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, stderr
+    assert re.search(message, errors[0]), errors[0]
+    assert "Traceback" not in stderr
+    assert not (tmp_path / "run" / "metrics.csv").exists(), "no step was taken"
 
 
 def test_missing_pictures_are_named_before_training(

@@ -22,12 +22,16 @@ import pytest
 import torch
 from conftest import compose, tiny_overrides, write_colour_table
 from test_resume import CHANCE, assert_equal_runs, die_at
+from test_scst import said
 from torch.utils.data import DataLoader
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands import entry
 from efficap.commands.metrics_csv import MetricsLogger
+from efficap.commands.resume import with_settings_of
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
+from efficap.commands.trainer import used_precision
 from efficap.data import pictures
 from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes
@@ -137,7 +141,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
     assert re.search(
         rf"process ({'|'.join(map(str, killed))}) that loads pictures (was killed|died)", str(error.value)
     )
-    assert f"python train.py resume={run} goes on from it" in str(error.value)
+    assert f"python train.py resume={run} goes on from the latest checkpoint" in str(error.value)
     assert time.monotonic() - started < 120, "it does not wait for ever"
     train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)
@@ -155,11 +159,45 @@ def test_memory_that_runs_out_is_told_with_what_helps(
         with pytest.raises(InputError) as error:
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     assert str(error.value) == (
-        "out of memory; what helps: data.batch_size=1 trainer.accumulate_grad_batches=2, gradient_checkpointing=true, "
-        f"trainer.precision=bf16-mixed. The latest checkpoint is kept: python train.py resume={run} goes on from it"
+        f"out of memory; python train.py resume={run} goes on from the latest checkpoint, with "
+        "gradient_checkpointing=true trainer.precision=bf16-mixed in less memory; for a new training, which takes the "
+        f"weights by init_from={run}: data.batch_size=1 trainer.accumulate_grad_batches=2, or a model.image_size "
+        "below 64"
     )
+    advice = [f"resume={run}", "gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
+    with monkeypatch.context() as patch:
+        said(patch, *advice)
+        settings = with_settings_of(RunDirectory(run), compose("train", "name=x", "output_dir=x", *advice))
+        assert (settings["gradient_checkpointing"], settings["trainer"]["precision"]) == (True, "bf16-mixed")
     train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
     assert_equal_runs(run, undisturbed)
+
+
+def test_memory_that_runs_out_before_there_is_a_checkpoint(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_out() -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+
+    die_at(monkeypatch, "training_step", 0, run_out)
+    monkeypatch.setattr(
+        "efficap.commands.stopped.used_precision", lambda _: "bf16-mixed"
+    )  # as null is on a GPU
+    with pytest.raises(InputError) as error:
+        train(compose("train", *tiny_overrides(folder, tmp_path / "run")))
+    assert str(error.value) == (
+        "out of memory; there is no checkpoint yet: start anew; what helps: gradient_checkpointing=true, "
+        "data.batch_size=2 trainer.accumulate_grad_batches=2, a model.image_size below 64"
+    )
+
+
+def test_null_is_the_precision_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    auto = compose("train", "name=x", "output_dir=x")["trainer"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    assert used_precision(auto) == "bf16-mixed"
+    assert used_precision({**auto, "accelerator": "cpu"}) == "32-true"
+    assert used_precision({**auto, "precision": "16-mixed"}) == "16-mixed"
 
 
 def children(of: int, name: str | None = None) -> list[int]:
@@ -241,6 +279,35 @@ def test_weights_and_biases_that_does_not_end_leaves_its_files(
     assert "W&B could not end its run: Timed out after 300 seconds" in printed.err
     assert re.search(rf"wandb sync {tmp_path}/run/wandb/offline-run-", printed.out)
     assert wandb.run is None
+
+
+def test_an_artifact_that_cannot_be_made_does_not_end_a_finished_training_badly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    monkeypatch.delenv("WANDB_MODE")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+
+    def is_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(wandb.Artifact, "add_file", is_full)
+    asked = ["logger=wandb", "logger.artifact=true", "trainer.max_epochs=1"]
+    run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *asked))
+    told = f"W&B takes no artifact of {run}: [Errno 28] No space left on device\n"
+    assert capsys.readouterr().err.count(told) == 1
+    [file] = (run / "wandb").glob("offline-run-*/run-*.wandb")
+    assert finished_run(file).exit_codes == [0]
+
+
+def test_a_training_without_a_logger_comes_to_its_end(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = compose("train", *tiny_overrides(folder, tmp_path / "run"), "trainer.max_epochs=1")
+    run = train({**cfg, "logger": None})
+    assert f"run directory: {run}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -274,6 +274,17 @@ def test_an_encoder_that_learns_is_refused_before_any_work(
     assert not (colour_table / ".features").exists()
 
 
+def test_pictures_that_grow_are_refused_before_any_work(
+    colour_table: Path, tmp_path: Path, encodings: Encodings
+) -> None:
+    command = [*tiny_overrides(colour_table, tmp_path / "run"), *CACHED, "training.start_size=32"]
+    with pytest.raises(
+        InputError, match=r"training.start_size=32 must not come with data.feature_cache=true"
+    ):
+        train(compose("train", *command))
+    assert encodings.pictures == 0
+
+
 def test_a_flip_is_refused(colour_table: Path) -> None:
     with pytest.raises(InputError, match=r"data.flip=true must not come with data.feature_cache=true"):
         prepared(colour_table, *CACHED, "data.flip=true")

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from started import Started
 from test_scst import said
 
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
@@ -311,7 +312,16 @@ def test_shards_and_tables_mixed(
         die_at(patch, "training_step", after, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={run}"))
-    assert_equal_runs(train(compose("train", *overrides, f"resume={run}", "output_dir=x")), whole)
+    said(monkeypatch, f"resume={run}", "data.num_workers=0")
+    with pytest.raises(
+        InputError, match=r"here it is \+\+data.sources.first.num_workers=0, .*second.num_workers=0$"
+    ):
+        train(compose("train", "name=x", "output_dir=x", f"resume={run}", "data.num_workers=0"))
+    change = "++data.sources.second.num_workers=0"
+    said(monkeypatch, f"resume={run}", change)
+    assert_equal_runs(train(compose("train", "name=x", "output_dir=x", f"resume={run}", change)), whole)
+    sources = RunDirectory(run).config["data"]["sources"]
+    assert [sources[name]["num_workers"] for name in ("first", "second")] == [1, 0]
 
 
 def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
@@ -370,6 +380,20 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_training(
     assert not list((run / "checkpoints").glob("*.tmp"))
 
 
+def test_a_training_stopped_before_it_has_a_checkpoint_does_not_say_that_it_can_go_on(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_full(*_: Any, **__: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", is_full)
+    die_at(monkeypatch, "training_step", 1, terminate)
+    with pytest.warns(UserWarning, match="no checkpoint at step"), pytest.raises(SystemExit) as stopped:
+        train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+    assert stopped.value.code == 143
+    assert "stopped by SIGTERM; there is no checkpoint yet: start anew\n" in capsys.readouterr().err
+
+
 def test_the_same_command_again_goes_on_by_itself(
     folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -390,6 +414,29 @@ def test_the_same_command_again_goes_on_by_itself(
     assert other == tmp_path / "fourth", "another seed is another training"
 
 
+@pytest.mark.parametrize("again", ["resume={run}", "resume=auto"])
+def test_a_run_that_a_process_trains_in_is_left_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+) -> None:
+    run = stopped_run(folder, tmp_path / "run", monkeypatch, "resume=auto")
+    command = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, again.format(run=run)]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    code = "import sys; from pathlib import Path; from efficap.training.progress import begun\n"
+    code += "with begun(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as trains:
+        assert trains.stdout is not None
+        trains.stdout.readline()
+        with monkeypatch.context() as patch:
+            patch.setattr("efficap.data.csv.read_table", lambda *_, **__: pytest.fail("data were prepared"))
+            with pytest.raises(InputError, match=rf"^{run}: another process trains in it; wait for its end"):
+                train(compose("train", *command))
+        trains.kill()
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
+    assert train(compose("train", *command)) == run, "the other one is gone"
+
+
 def test_a_run_goes_on_with_its_own_settings(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,6 +451,21 @@ def test_a_run_goes_on_with_its_own_settings(
     assert json.loads((run / "metrics.json").read_text())["epochs"] == 5
     with pytest.raises(InputError, match=r"resume=nowhere does not exist"):
         train(compose("train", "name=x", "output_dir=x", "resume=nowhere"))
+
+
+def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
+    # Its last checkpoint is of before the third epoch's validation, after 12 steps.
+    for below, reached in (("trainer.max_epochs=1", 2), ("trainer.max_steps=11", 12)):
+        said(monkeypatch, f"resume={run}", below)
+        with pytest.raises(
+            InputError, match=rf"{below} must be at least {reached}, to which the training has"
+        ):
+            train(compose("train", "name=x", "output_dir=x", f"resume={run}", below))
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
 def test_wandb_goes_on_with_its_run_and_says_how_to_send_it(

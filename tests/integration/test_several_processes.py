@@ -24,6 +24,7 @@ from test_scst import said
 from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
 from efficap.training.checkpoints import LAST
+from efficap.training.progress import begun
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -211,6 +212,21 @@ def test_a_mistake_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> N
     done = two_train(folder, tmp_path / "two" / "run", "data.val_split=nowhere")
     assert done.returncode != 0
     assert done.stderr.count("has no picture in that split") == 1
+    assert "efficap/commands" not in done.stderr, "and without a traceback"
+
+
+def test_two_leave_a_run_alone_that_another_process_trains_in(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 7, terminate)
+        with pytest.raises(SystemExit):
+            train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
+    with begun(run):
+        done = torchrun(ROOT / "train.py", f"resume={run}", "trainer.strategy=ddp", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("another process trains in it") == 1, done.stderr[-3000:]
     assert "efficap/commands" not in done.stderr, "and without a traceback"
 
 

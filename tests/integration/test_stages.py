@@ -20,6 +20,8 @@ from test_resume import CHANCE, KilledError, assert_equal_runs, die_at, kill, lo
 from efficap.batch import CaptionBatch
 from efficap.commands.caption import caption
 from efficap.commands.evaluate import evaluate
+from efficap.commands.resume import with_settings_of
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
 from efficap.errors import InputError
 from efficap.evaluation.compare.groups import group_runs
@@ -280,6 +282,13 @@ def test_a_run_goes_on_with_its_own_stages(
             InputError, match=rf"{re.escape(change)}: resume=\S+ goes on with that run's own settings"
         ):
             train(compose("train", "name=x", "output_dir=x", f"resume={run}", change))
+    for group, name in (("data", "num_workers"), ("training", "max_bad_steps")):
+        change = f"++stages.second.{group}.{name}=7"
+        said(monkeypatch, f"resume={run}", change)
+        cfg = compose("train", "name=x", "output_dir=x", f"resume={run}", change)
+        settings, own = with_settings_of(RunDirectory(run), cfg)["stages"], RunDirectory(run).config["stages"]
+        assert settings["first"] == own["first"]
+        assert settings["second"] == {**own["second"], group: {**own["second"][group], name: 7}}
     monkeypatch.undo()
     turned = overrides(folders, tmp_path / "turned", "resume=auto")
     turned = [o for o in turned if "stages.first" not in o] + [o for o in turned if "stages.first" in o]

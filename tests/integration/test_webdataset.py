@@ -22,6 +22,7 @@ from tars import ThisProcess, encoded, jpeg, sample, samples, scenery, tar_bytes
 from efficap.batch import CaptionBatch
 from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
+from efficap.data import webdataset
 from efficap.data.csv import CSVDataModule
 from efficap.data.module import CaptionDataModule
 from efficap.data.shards import index, writer
@@ -434,6 +435,30 @@ def test_bad_samples_of_several_batches_are_left_out_while_others_are_under_way(
     validation = from_shards(tmp_path, "data.max_bad_fraction=1", f"data.val_shards={tmp_path}/train",
                              f"data.shards={tmp_path}/val", "data.batch_size=2")  # fmt: skip
     assert ids(validation.val_dataloader()) == expected, "in turn; two batches have nothing left"
+
+
+def test_shards_are_not_indexed_while_other_processes_wait_for_a_broadcast(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a wait ends after half an hour with an error; the one of `first_alone` does not."""
+    indexing, sent = webdataset.ensure_indexes, [0, 0]  # broadcasts begun, ended
+    seen: list[bool] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        seen.append(sent[0] == sent[1])
+        return indexing(*args, **kwargs)
+
+    def from_first(function: Callable[[], Any]) -> Any:
+        sent[0] += 1
+        answer = function()
+        sent[1] += 1
+        return answer
+
+    monkeypatch.setattr(webdataset, "ensure_indexes", noted)
+    monkeypatch.setattr("efficap.commands.train.from_first", from_first)
+    train(compose("train", *overrides(shards, tmp_path / "run", "trainer.max_steps=1")))
+    assert sent[0] > 1
+    assert seen == [True, True], "training and validation shards"
 
 
 def test_too_many_that_turn_bad_stop_the_training(tmp_path: Path) -> None:

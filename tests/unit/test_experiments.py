@@ -43,7 +43,11 @@ def test_an_experiment_passes_the_checks_before_data_are_read(experiment: str, t
     for settings in stages_of(cfg).values():
         check_settings(settings)
         data = instantiate(settings["data"])
-        check_feature_cache(data, frozen=settings["model"]["encoder"]["frozen"])
+        check_feature_cache(
+            data,
+            frozen=settings["model"]["encoder"]["frozen"],
+            start_size=settings["training"].get("start_size"),
+        )
         build_trainer(
             {**settings["trainer"], "accelerator": "cpu"}, [], [], tmp_path, first_step=0, some_rest=False
         )

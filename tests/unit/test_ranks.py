@@ -68,6 +68,14 @@ def test_a_script_of_sbatch_is_a_process_by_itself(monkeypatch: pytest.MonkeyPat
             ["trainer.devices=4"],
             "trainer.devices=4 needs a process .* --nproc-per-node=4 train.py trainer=ddp",
         ),
+        *(
+            (
+                {},
+                [f"trainer.devices={several}"],
+                r"trainer.devices=\S+( 1\])? must be 1 in one process, or \[N\] for the GPU of that number",
+            )
+            for several in ("-1", "0", "auto", "'2'", "[0,1]", "[]", "[-1]")
+        ),
         ({}, ["trainer.strategy=dp"], "trainer.strategy=dp must be ddp"),
         (
             TORCHRUN,
@@ -93,7 +101,8 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(
 
 
 @pytest.mark.parametrize(
-    ("environment", "overrides"), [({}, []), (TORCHRUN, ["trainer=ddp"]), (SRUN, ["trainer=ddp"])]
+    ("environment", "overrides"),
+    [({}, []), ({}, ["trainer.devices=[1]"]), (TORCHRUN, ["trainer=ddp"]), (SRUN, ["trainer=ddp"])],
 )
 def test_what_goes_together_is_let_through(
     monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], overrides: list[str]

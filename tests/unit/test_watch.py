@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import multiprocessing
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +20,7 @@ from rich.console import Console
 
 from efficap.errors import InputError
 from efficap.evaluation.pictures import PictureRecord, write_pictures
-from efficap.training.progress import SAMPLES_FILE, at_work, begun
+from efficap.training.progress import LOCK_FILE, SAMPLES_FILE, at_work, begun
 from efficap.training.terminal_plot import Curve, plot
 from efficap.training.watch import FINISHED, STOPPED, TRAINING, duration, main, read_run, screen, watch
 
@@ -75,8 +78,11 @@ def test_the_screen_tells_speed_time_left_scores_and_captions(run: Path) -> None
 def test_a_run_is_training_as_long_as_a_process_holds_it(run: Path, holder: subprocess.Popen[str]) -> None:
     assert at_work(run)
     assert read_run(run).state == TRAINING
-    with begun(run):  # a second process of the same training
-        assert at_work(run)
+    with (
+        pytest.raises(InputError, match=rf"^{run}: another process trains in it; wait for its end"),
+        begun(run),
+    ):
+        pytest.fail("two trainings have the same run")
     assert at_work(run)
     holder.send_signal(signal.SIGKILL)
     holder.wait()
@@ -84,6 +90,31 @@ def test_a_run_is_training_as_long_as_a_process_holds_it(run: Path, holder: subp
     assert read_run(run).state == STOPPED
     (run / "metrics.json").write_text(json.dumps({"finished": True}))
     assert read_run(run).state == FINISHED
+
+
+def test_a_process_that_loads_pictures_does_not_hold_the_run_of_a_training_that_is_gone(run: Path) -> None:
+    forked = multiprocessing.get_context("fork")
+    is_up = forked.Event()
+    with begun(run):
+        loader = forked.Process(target=lambda: (is_up.set(), time.sleep(60)))
+        loader.start()
+        assert is_up.wait(10)
+        assert at_work(run)
+    assert loader.is_alive()
+    assert not at_work(run)
+    loader.kill()
+    loader.join()
+
+
+def test_who_looks_does_not_keep_a_training_from_its_run(run: Path) -> None:
+    with begun(run):
+        pass
+    with (run / LOCK_FILE).open("r+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not at_work(run), "two may look at a time"
+        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        with begun(run):
+            assert at_work(run)
 
 
 def test_looking_at_a_run_leaves_no_trace_in_it(run: Path) -> None:

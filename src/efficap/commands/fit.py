@@ -9,8 +9,9 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 
 from efficap.commands.run_dir import choose_device
+from efficap.commands.stages import naming
 from efficap.commands.stopped import explained
-from efficap.commands.trainer import build_callbacks, build_trainer
+from efficap.commands.trainer import build_callbacks, build_trainer, fitting
 from efficap.data.caption_data import CaptionData
 from efficap.decoding import Decoding
 from efficap.models.build import preprocessing
@@ -73,7 +74,7 @@ def fit(
             first_step=stage.steps,
             some_rest=cfg["training"].get("unfreeze_encoder_at") is not None,
         )
-        with explained(cfg):
+        with explained(cfg), naming(stage.name), fitting():
             trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint, weights_only=True)
         if stage.is_last:
             return

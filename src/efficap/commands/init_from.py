@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from rich.console import Console
 from rich.table import Table
 
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.said import said_settings
 from efficap.errors import InputError
 from efficap.models.build import output_stride
 from efficap.models.captioner import CaptionModel
@@ -103,10 +103,7 @@ def _print_transfer(run: RunDirectory, transfer: Transfer) -> None:
 
 def _is_said(key: str) -> bool:
     """Whether the command line chose a model, or this setting of it."""
-    if not HydraConfig.initialized():
-        return False
-    said = {override.partition("=")[0].lstrip("+") for override in HydraConfig.get().overrides.task}
-    parts = f"model.{key}".split(".")
+    said, parts = said_settings(), f"model.{key}".split(".")
     return any(".".join(parts[: n + 1]) in said for n in range(len(parts)))
 
 

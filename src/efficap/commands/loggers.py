@@ -127,16 +127,22 @@ def _read_wandb_file(file: Path) -> dict[str, Any]:
         raise InputError(f"{file} is damaged ({error!r}); remove it, and W&B begins another run") from error
 
 
-def log_artifact(settings: dict[str, Any], run_dir: Path) -> None:
-    """The run's best weights, tokenizer and settings as W&B's artifact, where the logger's settings ask for it."""
+def log_artifact(settings: dict[str, Any] | None, run_dir: Path) -> None:
+    """The run's best weights, tokenizer and settings as W&B's artifact, where the logger's settings ask for it.
+
+    What keeps it from being one is told and no more: the run has all of it.
+    """
     wandb = sys.modules.get("wandb")
-    if not settings.get("artifact") or wandb is None or wandb.run is None:
+    if not (settings and settings.get("artifact")) or wandb is None or wandb.run is None:
         return
-    artifact = wandb.Artifact(f"captioner-{wandb.run.id}", type="model")
-    for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
-        artifact.add_file(str(run_dir / name))
-    artifact.add_dir(str(run_dir / TOKENIZER_DIR), name=TOKENIZER_DIR)
-    wandb.run.log_artifact(artifact, aliases=["best"])
+    try:
+        artifact = wandb.Artifact(f"captioner-{wandb.run.id}", type="model")
+        for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
+            artifact.add_file(str(run_dir / name))
+        artifact.add_dir(str(run_dir / TOKENIZER_DIR), name=TOKENIZER_DIR)
+        wandb.run.log_artifact(artifact, aliases=["best"])
+    except Exception as error:  # its process is gone, its staging disk full, or no weights were kept
+        print(f"W&B takes no artifact of {run_dir}: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def finish_wandb(exit_code: int) -> None:

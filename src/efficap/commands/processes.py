@@ -37,6 +37,13 @@ def check_processes(trainer: dict[str, Any]) -> None:
         raise InputError(
             f"{own.by} started {own.world} processes, and trainer.strategy=null trains in one: add trainer=ddp"
         )
+    if strategy is None and not _is_one(
+        devices
+    ):  # of several Lightning would start a process for each itself
+        raise InputError(
+            f"trainer.devices={devices} must be 1 in one process, or [N] for the GPU of that number; several GPUs need "
+            "a process for each: torchrun --standalone --nproc-per-node=GPUS train.py trainer=ddp … (docs/scaling.md)"
+        )
     if trainer.get("sync_batchnorm"):
         raise InputError(
             "trainer.sync_batchnorm=true would take timm's activations away; leave it out: GPUs that train together "
@@ -56,6 +63,12 @@ def check_processes(trainer: dict[str, Any]) -> None:
             f"trainer.val_check_interval={trainer['val_check_interval']}: the clocks of several processes differ; "
             "give a number of batches"
         )
+
+
+def _is_one(devices: Any) -> bool:
+    if isinstance(devices, list):
+        return len(devices) == 1 and isinstance(devices[0], int) and devices[0] >= 0
+    return bool(devices == 1)
 
 
 def check_sharding(cfg: dict[str, Any]) -> None:

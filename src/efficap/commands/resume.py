@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from hydra.core.hydra_config import HydraConfig
 
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
+from efficap.commands.said import said_settings
 from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
@@ -19,18 +19,10 @@ from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, read_che
 from efficap.training.progress import METRICS_FILE
 
 # What the next step does not depend on, or what says when training ends.
-_MAY_CHANGE = (
-    "resume",
-    "trainer.",
-    "checkpoint.",
-    "logger",
-    "data.num_workers",
-    "callbacks.",
-    "data.read_timeout",
-    "data.max_bad_fraction",
-    "training.max_bad_steps",
-    "gradient_checkpointing",
-)
+_MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "callbacks.", "gradient_checkpointing")
+# The same of each data set and each stage; the runs of earlier versions lack some.
+_OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction")
+_OF_STAGE = ("training.max_bad_steps",)
 # What tells a training from itself when it is started again.
 _NOT_COMPARED = ("resume", "output_dir")
 
@@ -66,7 +58,7 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
         folders = sorted((file.parent for file in found), reverse=True)
     for folder in folders:
         run = RunDirectory(folder, "resume")
-        if not (is_finished(run) or _has_checkpoint(run)):
+        if not (is_finished(run) or has_checkpoint(run.path)):
             continue
         if _compared(run.config) == _compared(cfg):
             return run
@@ -83,8 +75,9 @@ def is_finished(run: RunDirectory) -> bool:
     return file.is_file() and bool(json.loads(file.read_text()).get("finished"))
 
 
-def _has_checkpoint(run: RunDirectory) -> bool:
-    return any((run.path / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
+def has_checkpoint(run_dir: Path) -> bool:
+    """Whether there is something to go on from."""
+    return any((run_dir / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
 
 
 def _compared(config: dict[str, Any]) -> str:
@@ -112,16 +105,17 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
         return settings  # of a run whose settings are those of the command line, to the last one
     if isinstance(settings["logger"], dict) and "save_dir" in settings["logger"]:
         settings["logger"] = {**settings["logger"], "save_dir": str(run.path)}  # the run may have been moved
-    said = set()
-    for override in HydraConfig.get().overrides.task if HydraConfig.initialized() else []:
-        key = override.partition("=")[0].lstrip("+")
-        said.add(key)
+    said, of_parts = said_settings(), _of_parts(run.config)
+    for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
             continue  # said once more, for a run's own code is not imported
-        if not key.startswith(_MAY_CHANGE) or (settings["stages"] and is_of_stages(key)):
+        is_of_all = key.startswith(_MAY_CHANGE) and not (settings["stages"] and is_of_stages(key))
+        if not is_of_all and key not in of_parts:
+            name, value = key.rpartition(".")[2], override.partition("=")[2]
+            there = [f"++{own}={value}" for own in of_parts if own.endswith(f".{name}")]
             raise InputError(
                 f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
-                f"with init_from={cfg['resume']}"
+                f"with init_from={cfg['resume']}{'; here it is ' if there else ''}{', '.join(there)}"
             )
         group, _, rest = key.partition(".")
         if rest:
@@ -130,6 +124,17 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
             settings[group] = cfg[group]
     check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
     return settings
+
+
+def _of_parts(config: dict[str, Any]) -> list[str]:
+    """The settings of each data set and each stage that may change."""
+    stages = {f"stages.{name}.": stage for name, stage in (config.get("stages") or {}).items()}
+    keys: list[str] = []
+    for where, stage in (stages or {"": config}).items():
+        sources = [f"sources.{name}." for name in stage["data"].get("sources", [])] or [""]
+        keys += [f"{where}data.{source}{name}" for source in sources for name in _OF_DATA]
+        keys += [f"{where}{name}" for name in _OF_STAGE]
+    return keys
 
 
 def _at(settings: Any, key: str) -> Any:
@@ -142,6 +147,17 @@ def _changed(settings: Any, cfg: Any, path: list[str]) -> Any:
     if not path:
         return cfg
     return {**settings, path[0]: _changed(settings.get(path[0]), cfg[path[0]], path[1:])}
+
+
+def check_limits(checkpoint: Path, trainer: dict[str, Any]) -> None:
+    """Raises InputError where the limits of a stage's trainer are below what it has come to at a checkpoint."""
+    found = read_checkpoint(checkpoint)
+    for limit, reached in (("max_epochs", found["epoch"]), ("max_steps", found["global_step"])):
+        if trainer[limit] != -1 and reached > trainer[limit]:
+            raise InputError(
+                f"trainer.{limit}={trainer[limit]} must be at least {reached}, to which the training has come; leave "
+                "it out, or start anew"
+            )
 
 
 def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:

@@ -90,20 +90,21 @@ _DECODING: Form = {
     "num_return_sequences": optional(whole(most=4096)),
 }
 
-_LIMIT = optional(or_null(number(0)))
+_LIMIT = either(whole(1), Kind("-1 for no limit", whole(-1, -1).holds))
+_BATCHES = optional(or_null(number(0)))
 _TRAINER: Form = {
     "accelerator": TEXT,
     "strategy": optional(or_null(TEXT)),
-    "max_epochs": whole(-1),
-    "max_steps": whole(-1),
+    "max_epochs": _LIMIT,
+    "max_steps": _LIMIT,
     "max_time": or_null(TEXT),
     "gradient_clip_val": or_null(number(0)),
     "accumulate_grad_batches": whole(1),
     "check_val_every_n_epoch": or_null(whole(1)),
     "val_check_interval": or_null(either(TEXT, number(0))),
-    "limit_train_batches": _LIMIT,
-    "limit_val_batches": _LIMIT,
-    "log_every_n_steps": whole(0),
+    "limit_train_batches": _BATCHES,
+    "limit_val_batches": _BATCHES,
+    "log_every_n_steps": whole(1),
     "enable_progress_bar": FLAG,
 }
 

@@ -7,9 +7,9 @@ import difflib
 from collections.abc import Iterator
 from typing import Any
 
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import InstantiationException
 
+from efficap.commands.said import said_settings
 from efficap.errors import InputError
 
 Settings = dict[str, Any]
@@ -55,7 +55,7 @@ def with_whole_stages(cfg: Settings) -> Settings:
             "null: a training without stages"
         )
     for limit in _LIMITS:
-        if _is_said(f"trainer.{limit}"):
+        if f"trainer.{limit}" in said_settings():
             raise InputError(
                 f"trainer.{limit} is each stage's own: {_named(cfg['stages'], f'trainer.{limit}')}"
             )
@@ -136,11 +136,6 @@ def _leaves(own: Settings, above: str = "") -> Iterator[str]:
             yield f"{above}{key}"
         else:
             yield from _leaves(below, f"{above}{key}.")
-
-
-def _is_said(key: str) -> bool:
-    said = HydraConfig.get().overrides.task if HydraConfig.initialized() else []
-    return any(override.partition("=")[0].lstrip("+") == key for override in said)
 
 
 def _named(stages: Settings, key: str) -> str:

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from efficap.commands.faults import dead_loader
+from efficap.commands.resume import has_checkpoint
+from efficap.commands.trainer import used_precision
 from efficap.errors import InputError
-from efficap.training.checkpoints import LAST
+from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.memory import is_out_of_memory
 
 
@@ -23,30 +25,37 @@ def explained(cfg: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = _memory(cfg) if is_out_of_memory(error) else dead_loader(error)
-        if reason is None:
-            raise
-        raise InputError(f"{reason}. {_way_on(Path(cfg['output_dir']))}") from error
+        run_dir = Path(cfg["output_dir"])
+        if is_out_of_memory(error):
+            raise InputError(_out_of_memory(cfg, run_dir)) from error
+        if reason := dead_loader(error):
+            raise InputError(f"{reason}; {way_on(run_dir)}") from error
+        raise
 
 
-def _memory(cfg: dict[str, Any]) -> str:
+def way_on(run_dir: Path) -> str:
+    """How a training that has ended early goes on."""
+    if not has_checkpoint(run_dir):
+        return "there is no checkpoint yet: start anew"
+    return f"python train.py resume={run_dir} goes on from the latest checkpoint"
+
+
+def _out_of_memory(cfg: dict[str, Any], run_dir: Path) -> str:
+    """What helps in the same training, then what only another one may have: it decides what is learned."""
+    helps = [] if cfg["gradient_checkpointing"] else ["gradient_checkpointing=true"]
+    if "16" not in str(used_precision(cfg["trainer"])):
+        helps.append("trainer.precision=bf16-mixed")
+    anew = [f"a model.image_size below {cfg['model']['image_size']}"]
     batch, accumulated = cfg["data"].get("batch_size"), cfg["trainer"]["accumulate_grad_batches"]
-    helping = [
-        f"data.batch_size={max(1, batch // 2)} trainer.accumulate_grad_batches={2 * accumulated}"
-        if batch
-        else f"smaller data.sources.….batch_size with trainer.accumulate_grad_batches={2 * accumulated}",
-        "gradient_checkpointing=true",
-        "trainer.precision=bf16-mixed",
-        f"a model.image_size below {cfg['model']['image_size']}",
-    ]
-    if cfg["gradient_checkpointing"]:
-        helping.remove("gradient_checkpointing=true")
-    if "mixed" in str(cfg["trainer"]["precision"]):
-        helping.remove("trainer.precision=bf16-mixed")
-    return f"out of memory; what helps: {', '.join(helping[:3])}"
-
-
-def _way_on(run_dir: Path) -> str:
-    if not (run_dir / "checkpoints" / LAST).is_file():
-        return "There is no checkpoint yet: start anew"
-    return f"The latest checkpoint is kept: python train.py resume={run_dir} goes on from it"
+    if batch is None:
+        anew.insert(
+            0, f"smaller data.sources.….batch_size with trainer.accumulate_grad_batches={2 * accumulated}"
+        )
+    elif batch > 1:
+        anew.insert(0, f"data.batch_size={batch // 2} trainer.accumulate_grad_batches={2 * accumulated}")
+    if not has_checkpoint(run_dir):
+        return f"out of memory; {way_on(run_dir)}; what helps: {', '.join([*helps, *anew])}"
+    has_weights = (run_dir / WEIGHTS_FILE).is_file()
+    weights = f", which takes the weights by init_from={run_dir}" if has_weights else ""
+    what_helps = f", with {' '.join(helps)} in less memory" if helps else ""
+    return f"out of memory; {way_on(run_dir)}{what_helps}; for a new training{weights}: {', or '.join(anew)}"

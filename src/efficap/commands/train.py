@@ -20,12 +20,13 @@ from efficap.commands.job import recorded
 from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.processes import check_processes, check_sharding, requeue
-from efficap.commands.resume import is_finished, leave_no_trace, log_until
+from efficap.commands.resume import check_limits, is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
+from efficap.commands.stopped import way_on
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
 from efficap.data.caption_data import CaptionData
 from efficap.decoding import build_decoding
@@ -40,7 +41,7 @@ from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
-from efficap.training.progress import METRICS_FILE, begun
+from efficap.training.progress import METRICS_FILE, begun, check_free
 from efficap.training.stage import Stage
 
 
@@ -74,6 +75,8 @@ def _settings(
     if resumed and resumed.path != asked.resolve():
         leave_no_trace(asked)
     finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
+    if resumed and not finished:
+        check_free(resumed.path)
     return resolved, init_from, resumed, finished
 
 
@@ -113,6 +116,10 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
+    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
+    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
+    if checkpoint:
+        check_limits(checkpoint, stages[stage.name]["trainer"])
     data = _data(stages)
     tokenizer = from_first(lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from))
     for its_data, name in _owners(data).items():
@@ -123,7 +130,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     for name in stages:
         with naming(name):
             _check_length(captioner, "data.max_tokens", data[name].max_tokens)
-    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
     if checkpoint:
         _load_checkpoint(captioner, checkpoint)  # features are looked up by them
     elif init_from:
@@ -137,12 +143,12 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     if cfg["compile"]:
         captioner.compile_parts()
 
-    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
     make_ready(captioner, stages[stage.name], data[stage.name])
     log = log_until(resumed, checkpoint) if resumed and checkpoint else None
-    if is_first():
-        write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-    with begun(run_dir) if is_first() else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        from_first(lambda: held.enter_context(begun(run_dir)))
+        if is_first():
+            write_run(run_dir, {**cfg, "resume": None}, tokenizer)
         try:
             loggers = build_loggers(cfg, run_dir, log)
             with losses_named():
@@ -150,7 +156,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         except Stopped as stopped:
             finish_wandb(exit_code=stopped.exit_status)
             if is_first():
-                print(f"stopped by {stopped}; python train.py resume={run_dir} goes on", file=sys.stderr)
+                print(f"stopped by {stopped}; {way_on(run_dir)}", file=sys.stderr)
             leave()
             if stopped.by_slurm and launch().rank == 0:
                 requeue()
@@ -189,9 +195,15 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
                         f"data._target_={cfg['data']['_target_']} is no data module: none of CaptionData's"
                     )
             data[name] = made[key]
-            check_feature_cache(data[name], frozen=cfg["model"]["encoder"]["frozen"])
+            check_feature_cache(
+                data[name],
+                frozen=cfg["model"]["encoder"]["frozen"],
+                start_size=cfg["training"].get("start_size"),
+            )
             with first_alone(f"prepare {key}"):
                 data[name].prepare_data()
+            # Shards are indexed now, while the others wait for days and not for minutes, as in `from_first`.
+            _ = data[name].training_size
     return data
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +49,45 @@ def leave_out_lightnings_chatter() -> None:
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Raises InputError where a time that Lightning only uses later is none."""
-    for key in ("max_time", "val_check_interval"):
-        if isinstance(trainer[key], str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", trainer[key]):
+    """Raises InputError where a time or a number of batches that Lightning only uses later is none."""
+    for key, null in (
+        ("max_time", "no limit"),
+        ("val_check_interval", "the end of each epoch"),
+        ("limit_train_batches", "all"),
+    ):
+        value = trainer.get(key)  # runs from before it was a setting lack it
+        if isinstance(value, str) and not re.fullmatch(r"\d+:\d\d:\d\d:\d\d", value):
+            raise InputError(f"trainer.{key}={value} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours")
+        if value is not None and not re.search("[1-9]", str(value)):
+            raise InputError(f"trainer.{key}={value} must be above 0; null: {null}")
+
+
+@contextlib.contextmanager
+def fitting() -> Iterator[None]:
+    """Let settings of the Trainer that do not fit the number of batches, which it learns last, be an `InputError`."""
+    try:
+        yield
+    except (MisconfigurationException, ValueError) as error:
+        said = " ".join(str(error).split())
+        if found := re.search(r"`val_check_interval` \((\d+)\) must be .* training batches \((\d+)\)", said):
             raise InputError(
-                f"trainer.{key}={trainer[key]} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours"
-            )
+                f"trainer.val_check_interval={found[1]} must be at most {found[2]}, the batches of an epoch; null: the "
+                "end of each epoch; trainer.check_val_every_n_epoch=null counts batches over the whole training"
+            ) from error
+        if found := re.search(r"to check (\S+) of the `(\w+)_dataloader` but \S+ \* (\d+) < 1", said):
+            raise InputError(
+                f"trainer.limit_{found[2]}_batches={found[1]} of {found[3]} batches is none; give a larger share, or a "
+                "whole number of batches"
+            ) from error
+        raise
+
+
+def used_precision(trainer: dict[str, Any]) -> Any:
+    """The precision that a training computes in: trainer.precision, and what null stands for."""
+    if trainer["precision"] is not None:
+        return trainer["precision"]
+    on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
+    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def build_trainer(
@@ -70,11 +105,7 @@ def build_trainer(
         some_rest: whether some parameters that learn do not do so in each step.
     """
     settings = dict(settings)
-    if settings["precision"] is None:
-        on_gpu = settings["accelerator"] != "cpu" and torch.cuda.is_available()
-        settings["precision"] = (
-            "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-        )
+    settings["precision"] = used_precision(settings)
     settings |= strategy_settings(settings.get("strategy"), some_rest=some_rest)
     if settings["enable_progress_bar"]:
         callbacks = [*callbacks, ProgressBar()]

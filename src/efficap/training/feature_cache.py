@@ -32,11 +32,12 @@ VERSION = 1  # another one for other maps of the same weights and settings
 Pictures = list[tuple[Path, Stamp | None]]
 
 
-def check_feature_cache(data: CaptionData, *, frozen: bool) -> None:
+def check_feature_cache(data: CaptionData, *, frozen: bool, start_size: int | None) -> None:
     """Raise InputError where data.feature_cache is asked for and cannot be had.
 
     Args:
         frozen: whether the encoder is.
+        start_size: pixels that pictures are to grow from; None: they do not.
     """
     modules = [data.evaluated, *data.sources.values()] if isinstance(data, MixedDataModule) else [data]
     if not any(isinstance(module, CaptionDataModule) and module.feature_cache for module in modules):
@@ -50,6 +51,11 @@ def check_feature_cache(data: CaptionData, *, frozen: bool) -> None:
         raise InputError(
             "data.feature_cache=true must come with model.encoder.frozen=true, as an encoder that learns makes "
             "other features at each step; data.feature_cache=false trains it"
+        )
+    if start_size is not None:
+        raise InputError(
+            f"training.start_size={start_size} must not come with data.feature_cache=true, as a cached picture cannot "
+            "grow; leave out one of the two"
         )
 
 

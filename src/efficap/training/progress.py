@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
+
+from efficap.errors import InputError
 
 METRICS_FILE = "metrics.json"
 SAMPLES_FILE = "samples/last.parquet"  # of the last validation
@@ -14,11 +19,43 @@ LOCK_FILE = "training.lock"
 
 @contextlib.contextmanager
 def begun(run_dir: Path) -> Iterator[None]:
-    """Let others see, for so long, that a training writes into a run directory; several processes may."""
+    """Have a run directory, made where it is not there, for one's own for so long, and let others see it.
+
+    Raises:
+        InputError: another process has it.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("a") as file:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(file, fcntl.LOCK_SH)
+        os.register_at_fork(after_in_child=file.close)  # processes that load pictures may outlive this one
+        if not _lock(file):
+            raise InputError(_taken(run_dir))
         yield
+
+
+def _lock(file: IO[str]) -> bool:
+    for _ in range(10):
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)  # who only looks has it for a moment
+        except OSError:  # a file system without locks
+            return True
+        else:
+            return True
+    return False
+
+
+def check_free(run_dir: Path) -> None:
+    """Raises InputError where a process trains in a run directory."""
+    if at_work(run_dir):
+        raise InputError(_taken(run_dir))
+
+
+def _taken(run_dir: Path) -> str:
+    return (
+        f"{run_dir}: another process trains in it; wait for its end, or end it. Where none does, as after a crash of "
+        f"a machine that shares the disk, remove {LOCK_FILE} there"
+    )
 
 
 def at_work(run_dir: Path) -> bool:
@@ -29,7 +66,9 @@ def at_work(run_dir: Path) -> bool:
         return False
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
             return True
+        except OSError:  # a file system without locks
+            pass
         return False
