@@ -29,6 +29,7 @@ from efficap.errors import InputError
 from efficap.training.callbacks import BestCheckpoint
 from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage, read_checkpoint
 from efficap.training.module import CaptionModule
+from efficap.training.progress import begun
 from efficap.training.self_critical import SelfCriticalModule
 
 pytestmark = pytest.mark.slow
@@ -421,18 +422,10 @@ def test_a_run_that_a_process_trains_in_is_left_alone(
     run = stopped_run(folder, tmp_path / "run", monkeypatch, "resume=auto")
     command = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, again.format(run=run)]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    code = "import sys; from pathlib import Path; from efficap.training.progress import begun\n"
-    code += "with begun(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, run], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as trains:
-        assert trains.stdout is not None
-        trains.stdout.readline()
-        with monkeypatch.context() as patch:
-            patch.setattr("efficap.data.csv.read_table", lambda *_, **__: pytest.fail("data were prepared"))
-            with pytest.raises(InputError, match=rf"^{run}: another process trains in it; wait for its end"):
-                train(compose("train", *command))
-        trains.kill()
+    with begun(run), monkeypatch.context() as patch:
+        patch.setattr("efficap.data.csv.read_table", lambda *_, **__: pytest.fail("data were prepared"))
+        with pytest.raises(InputError, match=rf"^{run}: another process trains in it; wait for its end"):
+            train(compose("train", *command))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
     assert train(compose("train", *command)) == run, "the other one is gone"
 
