@@ -22,9 +22,9 @@ pytestmark = pytest.mark.slow
 def start(folder: Path, run: Path, *more: str) -> Started:
     process = Started("train.py", *tiny_overrides(folder, run), f"hydra.run.dir={run}", *more)
     deadline = time.monotonic() + 200
-    while not at_work(run) and process.is_alive() and time.monotonic() < deadline:
+    while not (at_work(run) and (run / "config.yaml").is_file()) and time.monotonic() < deadline:
+        assert process.is_alive(), process.errors
         time.sleep(0.05)
-    assert at_work(run)
     return process
 
 
