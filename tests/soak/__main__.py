@@ -1,4 +1,4 @@
-"""``make soak``: faults thrown at trainings for twenty minutes, and a table of what came of them."""
+"""``make soak``: faults thrown at trainings for up to twenty minutes, and a table of what came of them."""
 
 from __future__ import annotations
 
