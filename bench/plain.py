@@ -52,6 +52,7 @@ def build(model: str, vocab_size: int | None = None) -> CaptionModel:
             "name": sizes["encoder"],
             "frozen": False,
             "drop_path_rate": 0.0,
+            "output_stride": 32,
             "mean": [0.5] * 3,
             "std": [0.5] * 3,
         },
