@@ -18,7 +18,7 @@ from omegaconf import open_dict
 from efficap.commands.entry import CONF
 from efficap.commands.job import recorded
 from efficap.errors import InputError
-from efficap.training.checkpoints import Stopped
+from efficap.training.resume_point import Stopped
 
 Begin = Callable[..., Path]
 

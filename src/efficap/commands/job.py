@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.evaluation.compare.jobs import JOB_FILE, is_running
-from efficap.training.checkpoints import Stopped
+from efficap.training.resume_point import Stopped
 
 
 @contextlib.contextmanager

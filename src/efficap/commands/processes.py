@@ -37,9 +37,7 @@ def check_processes(trainer: dict[str, Any]) -> None:
         raise InputError(
             f"{own.by} started {own.world} processes, and trainer.strategy=null trains in one: add trainer=ddp"
         )
-    if strategy is None and not _is_one(
-        devices
-    ):  # of several Lightning would start a process for each itself
+    if strategy is None and not _is_one(devices):  # for several Lightning would itself start others
         raise InputError(
             f"trainer.devices={devices} must be 1 in one process, or [N] for the GPU of that number; several GPUs need "
             "a process for each: torchrun --standalone --nproc-per-node=GPUS train.py trainer=ddp … (docs/scaling.md)"

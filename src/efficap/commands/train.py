@@ -37,11 +37,12 @@ from efficap.models.build import build_model, load_pretrained_parts, preprocessi
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone, from_first, is_first, join, leave, losses_named, world_size
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import Stopped, captioners_weights, checkpoint_of, stage_of
+from efficap.training.checkpoints import captioners_weights, checkpoint_of, stage_of
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
 from efficap.training.progress import METRICS_FILE, begun, check_free
+from efficap.training.resume_point import Stopped
 from efficap.training.stage import Stage
 
 

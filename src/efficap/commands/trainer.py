@@ -23,8 +23,8 @@ from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.training.bad_steps import BadSteps
 from efficap.training.callbacks import BestCheckpoint, ProgressBar, SampleCaptions
-from efficap.training.checkpoints import ResumePoint
 from efficap.training.ema import ExponentialMovingAverage
+from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
 
 

@@ -23,8 +23,8 @@ from efficap.batch import CaptionBatch
 from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import ResumePoint
 from efficap.training.module import CaptionModule, gradient_norm, whole
+from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
 
 FOLDER = "bad_batch"  # in a run directory

@@ -20,9 +20,9 @@ from efficap.evaluation.pictures import PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.models.weights import save_weights
 from efficap.ranks import largest
-from efficap.training.checkpoints import others_let_go
 from efficap.training.module import CaptionModule
 from efficap.training.progress import SAMPLES_FILE
+from efficap.training.resume_point import others_let_go
 from efficap.training.writing import only_warning, or_the_end
 
 
