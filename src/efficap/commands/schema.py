@@ -235,6 +235,7 @@ CAPTION: Form = {
     "out": or_null(PATH),
     "num_workers": or_null(whole(0, 256)),
     "decoding": _DECODING,
+    "attention": Kind("true, false or by_head", lambda value: isinstance(value, bool) or value == "by_head"),
     "rollout": FLAG,
     **_PLACE,
 }
