@@ -187,6 +187,13 @@ def test_checkpointing_changes_neither_loss_nor_gradients_nor_statistics() -> No
         assert torch.allclose(one, other, atol=1e-6)
 
 
+def test_an_encoder_without_batch_norm_is_checkpointed_too() -> None:
+    captioner = build_model(tiny_model(encoder__name="test_efficientnet_gn"), VOCAB).train()
+    captioner.checkpoint_gradients()
+    captioner.encode(random_images(2)).sum().backward()  # type: ignore[no-untyped-call]
+    assert all(parameter.grad is not None for parameter in captioner.encoder.parameters())
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
 def test_compiled_parts_give_the_same_loss_and_names_of_weights() -> None:

@@ -60,6 +60,9 @@ def test_the_defaults_of_the_other_commands_are_of_their_form(
     if config == "eval":
         cfg["ensemble_dir"] = "x"
     check_form(cfg, form)
+    for name in cfg:
+        with pytest.raises(InputError, match=f"^{name} is missing"):
+            check_form({key: value for key, value in cfg.items() if key != name}, form)
 
 
 @pytest.mark.parametrize(

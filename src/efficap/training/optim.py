@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Mapping
@@ -108,17 +109,14 @@ def build_adamw(
     groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
     optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
 
-    known: dict[int, float] = {}  # of the newest step, which each group asks for
-
+    @functools.lru_cache(maxsize=1)  # each group asks for the same step
     def share_of_peak(step: int) -> float:
-        if step not in known:
-            over = min(1.0, progress(step))
-            warmup = min(1.0, max((step + 1) / max(1, warmup_steps), 10 * over))
-            known.clear()
-            known[step] = warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
-        return known[step]
+        over = min(1.0, progress(step))
+        warmup = min(1.0, max((step + 1) / max(1, warmup_steps), 10 * over))
+        return warmup * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * over)))
 
-    return optimizer, LambdaLR(optimizer, share_of_peak)
+    # A plain function: of any other callable LambdaLR's state would take the insides.
+    return optimizer, LambdaLR(optimizer, lambda step: share_of_peak(step))
 
 
 def check_optimizer(
