@@ -72,6 +72,7 @@ MISTAKES = {
     "trainer.log_every_n_steps=0": r"error: trainer.log_every_n_steps=0 must be a whole number of at least 1",
     "trainer.val_check_interval=0": r"error: trainer.val_check_interval=0 must be above 0; null: the end of each epoch",
     "trainer.limit_train_batches=0.0": r"error: trainer.limit_train_batches=0.0 must be above 0; null: all",
+    "data._target_=[1]": r"error: data._target_=\[1\] must be text",
     "data.image_dir=a[b]c": r"error: data.image_dir=a\[b\]c cannot be read; put a value .* in inner quotes",
 }
 
@@ -176,6 +177,13 @@ def test_missing_pictures_are_named_before_training(
             "error: batch_size is no setting here; nearest: decoding.batch_size",
         ),
         ("caption.py", ["run=."], "error: images is not given: add images=VALUE"),
+        ("caption.py", ["run=.", "images=.", "~attention"], "error: attention is missing; it must be true,"),
+        ("eval.py", ["run=.", "~run"], "error: run is missing; it must be a path"),
+        (
+            "eval.py",
+            ["run=.", "checks.y=1", "checks=[]"],
+            "error: checks.y is no setting here; nearest: checks",
+        ),
     ],
 )
 def test_a_run_that_cannot_be_read_is_told_in_one_line(

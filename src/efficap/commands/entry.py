@@ -195,7 +195,8 @@ def _message(error: BaseException, config_name: str) -> str:
 def _unknown_setting(key: str, config_name: str) -> str:
     group, _, rest = key.partition(".")
     made = [arg for arg in sys.argv[1:] if rest and arg.startswith(f"{group}=")]
-    choices = [arg for arg in made if "," not in arg]  # a sweep makes several
+    # Not those of a sweep, of which there are several, nor values, which may not fit.
+    choices = [arg for arg in made if os.path.isfile(f"{CONF}/{arg.replace('=', '/', 1)}.yaml")]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = hydra.compose(config_name, choices, return_hydra_config=True)
     choice = cfg.hydra.runtime.choices.get(group, "none to make")

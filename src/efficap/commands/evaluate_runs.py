@@ -11,6 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from efficap.commands.evaluate import evaluate
+from efficap.commands.kinds import check_form
+from efficap.commands.schema import EVAL
 from efficap.errors import InputError
 from efficap.launch import launch
 from efficap.ranks import leave
@@ -24,6 +26,7 @@ def evaluate_runs(cfg: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         InputError: one of several runs failed; no runs; or as `evaluate`.
     """
+    check_form(cfg, EVAL)
     if cfg["ensemble"] or not isinstance(cfg["run"], list):
         scores = evaluate(cfg)
         leave()

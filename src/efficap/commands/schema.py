@@ -142,7 +142,12 @@ TRAIN: Form = {
 }
 
 # Of each stage, and of a training without stages.
-STAGE: Form = {"data": {}, "training": _TRAINING, "optimizer": _OPTIMIZER, "trainer": _TRAINER}
+STAGE: Form = {
+    "data": {"_target_": optional(TEXT)},
+    "training": _TRAINING,
+    "optimizer": _OPTIMIZER,
+    "trainer": _TRAINER,
+}
 
 # What is read of a run's configuration, which may come from anywhere; all that is null in conf/model is filled there.
 RUN: Form = {
