@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 ROOT = Path(__file__).parents[1]

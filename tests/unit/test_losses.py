@@ -15,7 +15,9 @@ from efficap.training.losses import caption_loss
 def test_loss_and_gradients_are_those_of_torch(
     label_smoothing: float, at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * at_once)
+    monkeypatch.setattr(losses, "FLOATS_AT_ONCE", {"cpu": at_once // 2})
+    monkeypatch.setattr(losses, "WORDS_AT_ONCE", 20)
     hidden, head = torch.randn(23, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
     targets = torch.randint(0, 50, (23,))
     expected = F.cross_entropy(hidden @ head.T, targets, label_smoothing=label_smoothing)

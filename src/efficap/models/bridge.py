@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from efficap.errors import InputError
+from efficap.models.attention import attention
 from efficap.models.linear import Linear
 
 
@@ -133,7 +134,7 @@ class BridgeBlock(nn.Module):
 
     def _attend(self, x: Tensor) -> Tensor:
         q, k, v = self._project(x)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = attention(q, k, v)
         return self.attention_out(x.transpose(1, 2).flatten(2))
 
 

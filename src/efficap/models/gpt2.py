@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from efficap.errors import InputError
+from efficap.models.attention import attention
 from efficap.models.cache import DecodingCache, KeyValue
 from efficap.models.linear import Linear, linear
 from efficap.models.packing import Packing
@@ -198,7 +199,7 @@ class SelfAttention(nn.Module):
         if self.empty_slot and is_causal:  # and all see the empty slot, which `is_causal` knows nothing of
             mask, is_causal = x.new_ones(length, 1 + length, dtype=torch.bool).tril(1), False
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=is_causal)
+        x = attention(q, k, v, mask=mask, is_causal=is_causal, dropout=dropout)
         x = x.transpose(1, 2).reshape(rows, length, width)  # (R, T, D)
         return self.resid_dropout(self.c_proj(packing.pack(x) if packing else x))
 
@@ -234,7 +235,7 @@ class CrossAttention(nn.Module):
         rows, length, width = q.shape
         q = q.view(len(k), -1, self.n_head, width // self.n_head)  # (B, G*T, H, d)
         dropout = self.dropout if self.training else 0.0
-        x = F.scaled_dot_product_attention(q.transpose(1, 2), k, v, dropout_p=dropout)  # (B, H, G*T, d)
+        x = attention(q.transpose(1, 2), k, v, dropout=dropout)  # (B, H, G*T, d)
         x = x.transpose(1, 2).reshape(rows, length, width)
         return self.resid_dropout(self.c_proj(packing.pack(x) if packing else x))
 

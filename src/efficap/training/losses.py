@@ -1,11 +1,12 @@
 """The loss of captions.
 
 B images, K captions of each, N positions of the memory, D width, V vocabulary, n valid targets of the batch, c of them
-at a time.
+whose logits are held at a time, r of these in float32.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from efficap.models.linear import linear
 from efficap.ranks import summed, world_size
 from efficap.training.augment import drop_tokens
 
-LOGITS_AT_ONCE = 2**25  # 128 MiB in float32
+LOGITS_AT_ONCE = 2**27  # bytes, of those that are held
+FLOATS_AT_ONCE = {"cpu": 2**20}  # elements of them in float32: a core's cache has them for the next pass
+WORDS_AT_ONCE = 4096  # of the output layer's gradient, likewise
 
 
 def batch_loss(
@@ -110,30 +113,44 @@ class _SummedCrossEntropy(Function):
         weight = head.to(hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         of_hidden: list[Tensor] = []
-        of_head: Tensor | None = None
-        for h, t in zip(
-            *(x.split(max(1, LOGITS_AT_ONCE // len(head))) for x in (hidden, targets)), strict=True
-        ):
-            z = linear(h, weight).float()  # (c, V)
-            log_sums = z.logsumexp(dim=1, keepdim=True)  # (c, 1)
-            of_target = z.gather(1, t[:, None])  # (c, 1)
-            total += (log_sums - (1 - smoothing) * of_target).sum()
-            if smoothing:
-                total -= smoothing * z.mean(dim=1).sum()
+        of_head = torch.empty_like(head)
+        parts = math.ceil(len(hidden) * len(head) * weight.element_size() / LOGITS_AT_ONCE)
+        rows = max(1, math.ceil(len(hidden) / max(1, parts)))
+        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+            z = linear(h, weight)  # (c, V)
+            total += _summed(z, t, smoothing, needs_gradient)
             if not needs_gradient:
                 continue
-            z.sub_(log_sums).exp_().sub_(smoothing / len(head))
-            z.scatter_add_(1, t[:, None], z.new_full((len(t), 1), smoothing - 1))
-            slope = z.to(hidden.dtype)  # (c, V), of the loss by the logits
-            of_hidden.append(linear(slope, weight.T))
-            part = linear(slope.T, h.T)  # (V, D)
-            of_head = part.to(head.dtype) if of_head is None else of_head.add_(part)
-        if of_head is not None:
-            ctx.save_for_backward(torch.cat(of_hidden), of_head)
+            for part, slope in zip(of_head.split(WORDS_AT_ONCE), z.split(WORDS_AT_ONCE, dim=1), strict=True):
+                of_part = linear(slope.T, h.T)  # (up to WORDS_AT_ONCE, D)
+                part.add_(of_part) if of_hidden else part.copy_(of_part)
+            of_hidden.append(linear(z, weight.T))
+        if needs_gradient:  # not by save_for_backward: large as they are, they are scaled in place, once
+            ctx.of_hidden, ctx.of_head = torch.cat(of_hidden), of_head
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
-        of_hidden, of_head = ctx.saved_tensors
-        return of_hidden * gradient, of_head * gradient, None, None
+        of_hidden, of_head = ctx.of_hidden, ctx.of_head
+        del ctx.of_hidden, ctx.of_head
+        return of_hidden.mul_(gradient), of_head.mul_(gradient), None, None
+
+
+def _summed(z: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
+    """The loss of (c, V) logits, summed; with `needs_gradient` its slope by each is put in their place."""
+    total = torch.zeros((), device=z.device)
+    rows = max(1, FLOATS_AT_ONCE.get(z.device.type, 2**25) // z.shape[1])
+    for part, t in zip(z.split(rows), targets.split(rows), strict=True):
+        x = part.float()  # (r, V)
+        log_sums = x.logsumexp(dim=1, keepdim=True)  # (r, 1)
+        total += (log_sums - (1 - smoothing) * x.gather(1, t[:, None])).sum()
+        if smoothing:
+            total -= smoothing * x.mean(dim=1).sum()
+        if needs_gradient:
+            x.sub_(log_sums).exp_()
+            if smoothing:
+                x.sub_(smoothing / x.shape[1])
+            x.scatter_add_(1, t[:, None], x.new_full((len(t), 1), smoothing - 1))
+            part.copy_(x)
+    return total
