@@ -38,7 +38,7 @@ from efficap.commands.entry import tune_process
 from efficap.decoding import Greedy
 from efficap.training.losses import batch_loss, caption_loss
 from efficap.training.module import CaptionModule
-from efficap.training.optim import build_adamw
+from efficap.training.optim import build_optimizer
 
 WARM = 3  # steps, of which the first compile kernels and the next still find new memory
 PICTURES = {"small": 8, "medium": 8, "b0": 32}
@@ -92,7 +92,7 @@ class Ours:
         torch.manual_seed(0)
         self.case, self.captioner = case, build(case.model).train().to(DEVICE)
         lr = dict.fromkeys(("encoder", "bridge", "decoder"), 1e-4)
-        self.optimizer, self.schedule = build_adamw(
+        self.optimizer, self.schedule = build_optimizer(
             self.captioner, lambda _: 0.0, lr=lr, fused=True, **OPTIMIZER
         )
         self.batch = batch_for(case)

@@ -6,11 +6,13 @@ import pytest
 import torch
 from conftest import tiny_model
 
+from efficap.batch import CaptionBatch
 from efficap.errors import InputError
 from efficap.models.build import build_model
-from efficap.training.augment import drop_tokens, growing_size, resized
+from efficap.training.augment import drop_tokens, growing_size, hide_words, resized
+from efficap.training.losses import batch_loss
 from efficap.training.module import CaptionModule
-from efficap.training.optim import build_adamw, parameter_groups
+from efficap.training.optim import build_optimizer, parameter_groups
 
 LR = {"encoder": 1.0, "bridge": 1.0, "decoder": 1.0}
 
@@ -45,6 +47,27 @@ def test_a_share_of_the_words_is_replaced_but_never_bos() -> None:
     assert torch.equal(drop_tokens(tokens, 0.0, 1000), tokens)
 
 
+def test_a_share_of_the_captions_is_hidden_as_a_whole() -> None:
+    torch.manual_seed(0)
+    tokens = torch.arange(40).expand(50, 5, 40)
+    read = hide_words(tokens, 0.3)
+    hidden = (read == 0).all(dim=-1)
+    assert torch.equal(read[~hidden], tokens[~hidden])
+    assert abs(float(hidden.float().mean()) - 0.3) < 0.1
+    assert torch.equal(hide_words(tokens, 0.0), tokens)
+
+
+def test_a_model_that_is_told_no_words_learns_from_pictures_and_places_alone() -> None:
+    captioner = build_model(tiny_model(), 97).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    first = torch.tensor([[[1, 5, 6, 2]], [[1, 7, 8, 2]]])
+    batch = CaptionBatch(images, first, torch.full((2, 1), 4), ["a", "b"])
+    blind = batch_loss(captioner, batch, label_smoothing=0.0, hidden_captions=1.0)
+    logits = captioner(images, torch.ones(2, 1, 3, dtype=torch.int64))
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 2), first[..., 1:].flatten())
+    assert torch.allclose(blind, expected, atol=1e-5)
+
+
 def test_learning_rates_fade_with_depth_and_not_in_what_starts_fresh() -> None:
     captioner = build_model(tiny_model(decoder__n_layer=3), 97)
     groups = parameter_groups(captioner, lr=LR, weight_decay=0.0, layer_decay=0.5)
@@ -67,7 +90,7 @@ def test_a_layer_decay_that_is_none_is_refused(value: float) -> None:
     captioner = build_model(tiny_model(), 97)
     settings = {"betas": (0.9, 0.98), "eps": 1e-8, "weight_decay": 0.0, "warmup_steps": 1, "final_lr": 0.0}
     with pytest.raises(InputError, match=f"optimizer.layer_decay={value} must be above 0"):
-        build_adamw(captioner, lambda _: 0.0, lr=LR, layer_decay=value, fused=True, **settings)
+        build_optimizer(captioner, lambda _: 0.0, lr=LR, layer_decay=value, fused=True, **settings)
 
 
 def test_a_sleeping_encoder_keeps_weights_and_statistics_and_then_learns() -> None:

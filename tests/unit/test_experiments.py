@@ -22,7 +22,7 @@ from efficap.models.build import build_model
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.module import CaptionModule
-from efficap.training.optim import build_adamw
+from efficap.training.optim import build_optimizer
 
 EXPERIMENTS = sorted(file.stem for file in (CONF / "experiment").glob("*.yaml"))
 
@@ -69,7 +69,7 @@ def test_the_original_recipe_takes_adams_steps_on_gradients_clipped_by_value_and
     module = CaptionModule(
         captioner, tokenizer, build_decoding(cfg["decoding"]), optimizer=cfg["optimizer"], label_smoothing=0.0
     )
-    optimizer, schedule = build_adamw(
+    optimizer, schedule = build_optimizer(
         captioner, lambda step: step / 6, fused=True, **module.optimizer_settings
     )
     adam = torch.optim.Adam(theirs.parameters(), lr=6.25e-5, betas=(0.9, 0.999), eps=1e-8, weight_decay=0)

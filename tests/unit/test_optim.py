@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
-from efficap.training.optim import build_adamw, check_optimizer, parameter_groups
+from efficap.training.optim import build_optimizer, check_optimizer, parameter_groups
 
 LR = {"encoder": 1e-4, "bridge": 1e-3, "decoder": 3e-4}
 
@@ -32,7 +32,9 @@ def adamw(
         "layer_decay": 1.0,
         "fused": True,
     }
-    return build_adamw(captioner, progress, **{"warmup_steps": 10, "final_lr": 0.1, **settings, **changes})
+    return build_optimizer(
+        captioner, progress, **{"warmup_steps": 10, "final_lr": 0.1, **settings, **changes}
+    )
 
 
 @pytest.fixture(scope="module")

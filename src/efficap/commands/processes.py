@@ -78,6 +78,7 @@ def check_sharding(cfg: dict[str, Any]) -> None:
         ("training.objective=scst", training["objective"] == "scst"),
         (f"training.ema_decay={training['ema_decay']}", training["ema_decay"] is not None),
         ("training.unfreeze_encoder_at", training.get("unfreeze_encoder_at") is not None),
+        ("optimizer=muon", cfg["optimizer"].get("matrix_lr") is not None),
         ("stages", cfg["stages"] is not None),
         ("compile=true", cfg["compile"]),
     ):

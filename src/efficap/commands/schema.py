@@ -80,6 +80,8 @@ _OPTIMIZER: Form = {
     "layer_decay": number(),
     "warmup_steps": whole(0),
     "final_lr": number(0, 1),
+    "matrix_lr": optional(or_null(number(0))),
+    "momentum": optional(number(0, 1)),
 }
 
 # Bounds of what takes memory; all else a decoding checks itself.
@@ -112,6 +114,7 @@ _TRAINING: Form = {
     "objective": TEXT,
     "label_smoothing": optional(number()),
     "token_dropout": optional(number()),
+    "hidden_captions": optional(number()),
     "start_size": optional(or_null(whole())),
     "unfreeze_encoder_at": optional(or_null(number())),
     "ema_decay": optional(or_null(number())),

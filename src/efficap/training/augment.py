@@ -1,4 +1,4 @@
-"""What training changes in a batch on the model's device: pictures start small, words are not to be relied on.
+"""What training changes in a batch on the model's device: pictures start small, words are not to be relied on or seen.
 
 B images, K captions of each, T tokens, V vocabulary.
 """
@@ -45,3 +45,13 @@ def drop_tokens(tokens: Tensor, share: float, vocab_size: int) -> Tensor:
     dropped = torch.rand(tokens.shape, device=tokens.device) < share
     dropped[..., 0] = False
     return torch.where(dropped, torch.randint_like(tokens, vocab_size), tokens)
+
+
+def hide_words(tokens: Tensor, share: float) -> Tensor:
+    """(B, K, T) tokens in which a share of the captions is nothing but BOS: the picture alone has to tell each word.
+
+    Parallel prediction (Tschannen et al., 2023, https://arxiv.org/abs/2306.07915), by which an encoder learns more than
+    from words that those before them give away; the mask stays causal.
+    """
+    hidden = torch.rand(tokens.shape[:2], device=tokens.device) < share  # (B, K)
+    return torch.where(hidden[..., None], tokens[..., :1], tokens)

@@ -18,7 +18,7 @@ from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
 from efficap.models.linear import linear
 from efficap.ranks import summed, world_size
-from efficap.training.augment import drop_tokens
+from efficap.training.augment import drop_tokens, hide_words
 
 LOGITS_AT_ONCE = 2**27  # bytes, of those that are held
 FLOATS_AT_ONCE = {"cpu": 2**20}  # elements of them in float32: a core's cache has them for the next pass
@@ -26,17 +26,25 @@ WORDS_AT_ONCE = 4096  # of the output layer's gradient, likewise
 
 
 def batch_loss(
-    captioner: CaptionModel, batch: CaptionBatch, *, label_smoothing: float, token_dropout: float = 0.0
+    captioner: CaptionModel,
+    batch: CaptionBatch,
+    *,
+    label_smoothing: float,
+    token_dropout: float = 0.0,
+    hidden_captions: float = 0.0,
 ) -> Tensor:
     """`caption_loss` of a batch, its pictures encoded once for all their captions.
 
     Args:
         token_dropout: 0 … 1, share of the words read, not of those to be written, that are random.
+        hidden_captions: 0 … 1, share of the captions of which no word is read.
     """
     memory = captioner.encode(batch.images)  # (B, N, D)
     read = batch.tokens[..., :-1]  # (B, K, T - 1)
     if token_dropout:
         read = drop_tokens(read, token_dropout, captioner.decoder.wte.num_embeddings)
+    if hidden_captions:
+        read = hide_words(read, hidden_captions)
     return memory_loss(captioner, memory, read, batch.places, batch.targets, label_smoothing=label_smoothing)
 
 

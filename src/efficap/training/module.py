@@ -26,7 +26,7 @@ from efficap.ranks import agreed, from_first, summed, to_first
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.augment import STEP, growing_size, resized
 from efficap.training.losses import batch_loss, shared_loss
-from efficap.training.optim import build_adamw
+from efficap.training.optim import build_optimizer
 from efficap.training.sharding import bring_together, shard
 from efficap.training.writer import CaptionWriter
 
@@ -40,8 +40,10 @@ class CaptionModule(pl.LightningModule):
         captioner: the model.
         tokenizer: decodes what it writes.
         decoding: how it writes in validation.
-        optimizer: keyword arguments of `build_adamw`, and ``clip_value``, which each element of a gradient is cut to.
-        label_smoothing, token_dropout: of the training loss; the validation loss has none. See `batch_loss`.
+        optimizer: keyword arguments of `build_optimizer`, and ``clip_value``, to which each element of a gradient is
+            cut.
+        label_smoothing, token_dropout, hidden_captions: of the training loss; the validation loss has none. See
+            `batch_loss`.
         start_size: pixels, from which the pictures grow to their full size; None: they do not. See `growing_size`.
         unfreeze_encoder_at: share of the training, 0 … 1, before which the encoder stays as it is.
 
@@ -58,6 +60,7 @@ class CaptionModule(pl.LightningModule):
         optimizer: Mapping[str, Any],
         label_smoothing: float,
         token_dropout: float = 0.0,
+        hidden_captions: float = 0.0,
         start_size: int | None = None,
         unfreeze_encoder_at: float | None = None,
     ) -> None:
@@ -65,6 +68,7 @@ class CaptionModule(pl.LightningModule):
         check_settings(
             label_smoothing=label_smoothing,
             token_dropout=token_dropout,
+            hidden_captions=hidden_captions,
             start_size=start_size,
             unfreeze_encoder_at=unfreeze_encoder_at,
         )
@@ -75,6 +79,7 @@ class CaptionModule(pl.LightningModule):
         # Runs from before it was a setting lack it.
         self.clip_value = self.optimizer_settings.pop("clip_value", None)
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
+        self.hidden_captions = hidden_captions
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
@@ -96,7 +101,11 @@ class CaptionModule(pl.LightningModule):
             size = growing_size(min(self.start_size, full), full, self.progress(self.global_step))
             batch = replace(batch, images=resized(batch.images, size))
         loss = batch_loss(
-            self.captioner, batch, label_smoothing=self.label_smoothing, token_dropout=self.token_dropout
+            self.captioner,
+            batch,
+            label_smoothing=self.label_smoothing,
+            token_dropout=self.token_dropout,
+            hidden_captions=self.hidden_captions,
         )
         loss, shown = shared_loss(loss, len(batch.places))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch))
@@ -141,7 +150,7 @@ class CaptionModule(pl.LightningModule):
         return {**scores, "distinct": distinct_share(list(self.predictions.values()))}
 
     def configure_optimizers(self) -> Any:
-        optimizer, schedule = build_adamw(
+        optimizer, schedule = build_optimizer(
             self.captioner,
             self.progress,
             fused=self.trainer.precision != "16-mixed",  # its loss scaling must come before the clipping
@@ -192,11 +201,13 @@ def check_settings(
     token_dropout: float,
     start_size: int | None,
     unfreeze_encoder_at: float | None,
+    hidden_captions: float = 0.0,
 ) -> None:
     """Raises InputError where a setting of `CaptionModule` is out of its range."""
     for name, share in (
         ("label_smoothing", label_smoothing),
         ("token_dropout", token_dropout),
+        ("hidden_captions", hidden_captions),
         ("unfreeze_encoder_at", unfreeze_encoder_at),
     ):
         if share is not None and not 0 <= share < 1:

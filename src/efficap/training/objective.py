@@ -17,7 +17,13 @@ from efficap.training.module import CaptionModule
 from efficap.training.self_critical import SelfCriticalModule, caption_reward
 
 _OPTIONS = {
-    "cross_entropy": ("label_smoothing", "token_dropout", "start_size", "unfreeze_encoder_at"),
+    "cross_entropy": (
+        "label_smoothing",
+        "token_dropout",
+        "hidden_captions",
+        "start_size",
+        "unfreeze_encoder_at",
+    ),
     "scst": ("samples", "baseline", "temperature", "lr_scale"),
 }
 _OF_ALL = ("objective", "ema_decay", "max_bad_steps")
@@ -47,7 +53,7 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
                 f"training.{name}={value} is no option of training={objective}, which takes {', '.join(taken)}; "
                 "remove it or choose another objective"
             )
-    later = ("max_bad_steps",)  # the runs of earlier versions lack it
+    later = ("max_bad_steps", "hidden_captions")  # the runs of earlier versions lack them
     missing = [name for name in taken if name not in training and name not in later]
     if missing:
         raise InputError(

@@ -1,4 +1,4 @@
-"""What the optimiser is given: parameter groups and the course of their learning rates."""
+"""The optimiser: its parameter groups and the course of their learning rates."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel
+from efficap.training.muon import Muon
 
 PARTS = ("encoder", "bridge", "decoder")
 
@@ -47,7 +48,12 @@ def depths(captioner: CaptionModel) -> dict[str, int]:
 
 
 def parameter_groups(
-    captioner: CaptionModel, *, lr: Mapping[str, float], weight_decay: float, layer_decay: float = 1.0
+    captioner: CaptionModel,
+    *,
+    lr: Mapping[str, float],
+    weight_decay: float,
+    layer_decay: float = 1.0,
+    matrix_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Trainable parameters by part, depth and decay: norms, biases and embeddings are not decayed.
 
@@ -56,6 +62,7 @@ def parameter_groups(
         weight_decay: of the matrices and convolutions.
         layer_decay: a stage's or layer's learning rate as a share of that of the one above (Howard and Ruder, 2018,
             https://arxiv.org/abs/1801.06146); 1: all of a part learn alike.
+        matrix_lr: share of `lr` of what Muon moves, which has groups of its own; None: it moves nothing.
     """
     depth_of = depths(captioner) if layer_decay != 1 else {}
     embeddings = {id(module.weight) for module in captioner.modules() if isinstance(module, nn.Embedding)}
@@ -66,21 +73,25 @@ def parameter_groups(
         part = part_of(name)
         decayed = parameter.ndim > 1 and id(parameter) not in embeddings
         depth = depth_of.get(name, 0)
-        group_name = (part if decayed else f"{part}/no_decay") + (f"/{depth}" if depth else "")
+        # A depthwise convolution is no matrix: each of its channels has one input.
+        is_orthogonal = matrix_lr is not None and decayed and parameter.shape[1] > 1
+        kind = "" if decayed else "/no_decay"
+        group_name = f"{part}{'/muon' if is_orthogonal else kind}" + (f"/{depth}" if depth else "")
         group = groups.setdefault(
             group_name,
             {
                 "name": group_name,
-                "lr": lr[part] * layer_decay**depth,
+                "lr": lr[part] * layer_decay**depth * (matrix_lr if is_orthogonal and matrix_lr else 1.0),
                 "weight_decay": weight_decay if decayed else 0.0,
                 "params": [],
+                **({"is_orthogonal": True} if is_orthogonal else {}),
             },
         )
         group["params"].append(parameter)
     return list(groups.values())
 
 
-def build_adamw(
+def build_optimizer(
     captioner: CaptionModel,
     progress: Callable[[int], float],
     *,
@@ -92,22 +103,33 @@ def build_adamw(
     warmup_steps: int,
     final_lr: float,
     fused: bool,
-) -> tuple[torch.optim.AdamW, LambdaLR]:
-    """AdamW with linear warm-up and a cosine over the rest of the training.
+    matrix_lr: float | None = None,
+    momentum: float = 0.95,
+) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    """AdamW, or Muon, with linear warm-up and a cosine over the rest of the training.
 
     Args:
         progress: maps the optimiser steps done to the share of the training that is over, 0 … 1.
-        lr, weight_decay, layer_decay: see `parameter_groups`.
+        lr, weight_decay, layer_decay, matrix_lr: see `parameter_groups`.
         warmup_steps: optimiser steps until the peak; a tenth of the training at most.
         final_lr: share of the peak that is left at the end.
         fused: torch's fused kernel.
+        momentum: of Muon.
 
     Raises:
-        InputError: a learning rate or a decay below 0, or a layer decay outside 0 … 1.
+        InputError: a learning rate or a decay below 0, or a layer decay or a momentum outside 0 … 1.
     """
-    check_optimizer(lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-    groups = parameter_groups(captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay)
-    optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    check_optimizer(
+        lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, matrix_lr=matrix_lr, momentum=momentum
+    )
+    groups = parameter_groups(
+        captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, matrix_lr=matrix_lr
+    )
+    optimizer: torch.optim.Optimizer
+    if matrix_lr is None:
+        optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+    else:
+        optimizer = Muon(groups, betas=(betas[0], betas[1]), eps=eps, momentum=momentum)
 
     @functools.lru_cache(maxsize=1)  # each group asks for the same step
     def share_of_peak(step: int) -> float:
@@ -125,13 +147,21 @@ def check_optimizer(
     weight_decay: float,
     layer_decay: float,
     clip_value: float | None = None,
+    matrix_lr: float | None = None,
+    momentum: float = 0.0,
     **_: Any,
 ) -> None:
-    """Raises InputError for a learning rate or a decay below 0, a layer decay outside 0 … 1, or a clip of 0."""
-    rates = {**{f"lr.{part}": lr[part] for part in PARTS}, "weight_decay": weight_decay}
+    """Raises InputError for a rate or a decay below 0, a layer decay or a momentum outside 0 … 1, or a clip of 0."""
+    rates = {
+        **{f"lr.{part}": lr[part] for part in PARTS},
+        "weight_decay": weight_decay,
+        "matrix_lr": matrix_lr or 0.0,
+    }
     for setting, value in rates.items():
         if value < 0:
             raise InputError(f"optimizer.{setting}={value} must be at least 0")
+    if not 0 <= momentum < 1:
+        raise InputError(f"optimizer.momentum={momentum} must be at least 0 and below 1")
     if not 0 < layer_decay <= 1:
         raise InputError(f"optimizer.layer_decay={layer_decay} must be above 0 and at most 1; 1: no decay")
     if clip_value is not None and clip_value <= 0:

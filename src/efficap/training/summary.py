@@ -14,7 +14,7 @@ from efficap.models.captioner import CaptionModel
 from efficap.training.optim import PARTS
 
 MAX_POSITIONS = 1024
-_BYTES = 4  # weights, gradients and AdamW's two moments are float32
+_BYTES = 4  # weights, gradients and AdamW's two moments are float32; Muon's is one
 
 
 def latent_warning(captioner: CaptionModel, image_size: int) -> str | None:
