@@ -133,6 +133,7 @@ def assert_equal_states(run: Path, expected: Path) -> None:
             {"pictures": False, "gradients": math.nan},
             ["training.ema_decay=0.9", "trainer.gradient_clip_val=null"],
         ),
+        ({}, ["training.ema_decay=0.9", "optimizer=muon"]),
     ],
 )
 def test_a_bad_step_is_as_one_that_was_taken_back(

@@ -39,7 +39,6 @@ CHANCE = [  # all that draws random numbers in a step
     "model.encoder.drop_path_rate=0.1",
     "training.token_dropout=0.1",
     "training.hidden_captions=0.3",
-    "optimizer=muon",
     "training.ema_decay=0.9",
     "data.crop_scale=[0.5,1.0]",
     "data.captions_per_image=2",
@@ -136,6 +135,20 @@ def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
     again = train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
     assert again == run
     assert_equal_runs(run, undisturbed)
+
+
+def test_a_training_by_muon_goes_on_exactly(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = [*CHANCE, "optimizer=muon"]
+    expected = train(compose("train", *tiny_overrides(folder, tmp_path / "expected"), *command))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 5, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *tiny_overrides(folder, run), *command))
+    train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
+    assert_equal_runs(run, expected)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +258,7 @@ def test_whatever_makes_an_epoch_or_a_step(
 def test_self_critical_training(
     folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changes = [o for o in CHANCE if not o.startswith(("model", "training.token"))]
+    changes = [o for o in CHANCE if not o.startswith(("model", "training.token", "training.hidden"))]
     data = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(("model", "output_dir"))]
     overrides = [*data, *changes, "training=scst", f"init_from={undisturbed}"]
     whole = train(compose("train", *overrides, f"output_dir={tmp_path / 'whole'}"))
