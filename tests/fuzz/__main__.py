@@ -13,7 +13,9 @@ from collections import Counter
 from pathlib import Path
 
 os.environ |= {"CUDA_VISIBLE_DEVICES": "", "HF_HUB_OFFLINE": "1", "WANDB_MODE": "disabled"}
-os.environ["HF_HOME"] = os.path.join(sys.prefix, "hub")  # where the hub's client may look for a token: in vain
+os.environ["HF_HOME"] = os.path.join(
+    sys.prefix, "hub"
+)  # where the hub's client may look for a token: in vain
 
 import torch
 
