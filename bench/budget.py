@@ -39,15 +39,14 @@ SIZES = [
 
 def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, float]:
     """Train by conf/experiment/flickr8k.yaml, at the plain way's sizes unless `--best`; evaluate with 3 beams."""
-    import torch
     from hydra import compose, initialize_config_dir
 
     from efficap.commands.entry import plain, tune_process
     from efficap.commands.evaluate import evaluate
     from efficap.commands.train import train
+    from efficap.models.linear import cpu_has_bfloat16
 
     tune_process()
-    has_products = any(torch.cpu.get_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         changes = [
             "experiment=flickr8k",
@@ -56,7 +55,7 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
             f"data.image_dir={options.image_dir}",
             f"data.num_workers={options.workers}",
             f"trainer.max_time=00:00:{options.minutes:02d}:00",
-            f"trainer.precision={'bf16-mixed' if has_products else '32-true'}",
+            f"trainer.precision={'bf16-mixed' if cpu_has_bfloat16() else '32-true'}",
             "trainer.enable_progress_bar=false",
             "logger=csv",
             f"seed={seed}",

@@ -47,10 +47,19 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def mkl_is_slow() -> bool:
     """Whether this is a processor of AMD with AVX-512 and a torch that has what `product` calls."""
     has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    if not (has_operator and hasattr(torch.cpu, "get_capabilities")):  # an older torch
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return str(capabilities.get("cpu_name", "")).startswith("AMD") and bool(capabilities.get("avx512_f"))
+    capabilities = _capabilities()
+    is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
+    return has_operator and is_amd and bool(capabilities.get("avx512_f"))
+
+
+@functools.cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; on others torch's products in it are slower than in float32."""
+    return any(_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def _capabilities() -> dict[str, Any]:
+    return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch
 
 
 def _is_float32_on_cpu(x: Tensor) -> bool:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from efficap.models.linear import cpu_has_bfloat16
+
 STEPS = 5
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # singular values come to 0.7 … 1.2 in five steps
 RMS = 0.2  # of an update at a learning rate of 1, about AdamW's, so that both take the same learning rates
@@ -89,9 +91,9 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """About U V^T of the (O, I) matrix U S V^T, in bfloat16, by Newton and Schulz's iteration."""
+    """About U V^T of the (O, I) matrix U S V^T, by Newton and Schulz's iteration; bfloat16 is exact enough for it."""
     a, b, c = COEFFICIENTS
-    x = matrix.bfloat16()
+    x = matrix.bfloat16() if matrix.is_cuda or cpu_has_bfloat16() else matrix.float()
     is_tall = x.shape[0] > x.shape[1]
     if is_tall:
         x = x.T
