@@ -9,6 +9,7 @@ R rows, I inputs, O outputs.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ def cpu_has_bfloat16() -> bool:
     return any(_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
-def _capabilities() -> dict[str, Any]:
+def _capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch
 
 
