@@ -18,7 +18,7 @@ from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.objective import check_objective
+from efficap.training.objective import build_module, check_objective
 from efficap.training.self_critical import SelfCriticalModule, above_the_others, caption_reward
 
 CAPTIONS = [["1 2 3", "1 2 4 5"], ["6 2 3", "6 6 2 1 4 4 3"], ["5 4"]]
@@ -33,6 +33,15 @@ class Digits:
 
     def encode(self, captions: list[str], max_tokens: int) -> tuple[list[list[int]], int]:
         return [[0, *map(int, text.split()), 0] for text in captions], 0
+
+
+class OfCaptions:
+    """Data, as far as rewards ask."""
+
+    max_tokens = 20
+
+    def training_captions(self) -> list[str]:
+        return [text for texts in CAPTIONS for text in texts]
 
 
 @pytest.fixture
@@ -67,7 +76,7 @@ def build(
         tokenizer,
         build_decoding({**GREEDY, "max_tokens": 12}),
         optimizer={"lr": lr},
-        reward=caption_reward([text for texts in CAPTIONS for text in texts], tokenizer, 20),
+        reward=caption_reward(OfCaptions().training_captions(), tokenizer, OfCaptions.max_tokens),
         seed=seed,
         **{**SCST, **changes},
     )
@@ -251,6 +260,34 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> No
         check_objective(
             {"objective": "scst", "ema_decay": None, "max_bad_steps": 10, **SCST, **changes}, frozen=False
         )
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {
+            "objective": "cross_entropy",
+            "label_smoothing": 0.1,
+            "token_dropout": 0.1,
+            "start_size": None,
+            "unfreeze_encoder_at": None,
+        },
+        {"objective": "scst", **SCST},
+    ],
+    ids=["cross_entropy", "scst"],
+)
+def test_runs_from_before_a_setting_go_on_without_it(
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, training: dict[str, Any]
+) -> None:
+    training = {**training, "ema_decay": None}
+    check_objective(training, frozen=False)
+    cfg = {
+        "training": training,
+        "optimizer": {"lr": {"encoder": 1.0, "bridge": 1.0, "decoder": 1.0}},
+        "seed": 0,
+    }
+    module = build_module(cfg, captioner, tokenizer, build_decoding(GREEDY), OfCaptions())
+    assert getattr(module, "hidden_captions", 0.0) == 0.0
 
 
 def test_a_missing_setting_names_its_default() -> None:

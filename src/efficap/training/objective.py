@@ -27,6 +27,7 @@ _OPTIONS = {
     "scst": ("samples", "baseline", "temperature", "lr_scale"),
 }
 _OF_ALL = ("objective", "ema_decay", "max_bad_steps")
+_LATER = ("max_bad_steps", "hidden_captions")  # runs of earlier versions lack them
 _CHECKS: dict[str, Callable[..., None]] = {
     "cross_entropy": module.check_settings,
     "scst": self_critical.check_settings,
@@ -53,8 +54,7 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
                 f"training.{name}={value} is no option of training={objective}, which takes {', '.join(taken)}; "
                 "remove it or choose another objective"
             )
-    later = ("max_bad_steps", "hidden_captions")  # the runs of earlier versions lack them
-    missing = [name for name in taken if name not in training and name not in later]
+    missing = [name for name in taken if name not in training and name not in _LATER]
     if missing:
         raise InputError(
             f"training.{missing[0]} is missing; conf/training/{objective}.yaml has a default: choose it by "
@@ -90,4 +90,4 @@ def build_module(
 
 
 def _options(training: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: training[name] for name in _OPTIONS[training["objective"]]}
+    return {name: training[name] for name in _OPTIONS[training["objective"]] if name in training}
