@@ -18,6 +18,7 @@ from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
+from efficap.training.losses import batch_loss
 from efficap.training.objective import build_module, check_objective
 from efficap.training.self_critical import SelfCriticalModule, above_the_others, caption_reward
 
@@ -230,6 +231,16 @@ def test_feature_maps_take_the_place_of_pictures(
     assert captioner.encoder.backbone.conv_stem.weight.grad is None
 
 
+def test_the_cross_entropy_of_the_pictures_own_captions_is_added(
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch
+) -> None:
+    reward_alone = build(captioner, tokenizer).training_step(batch, 0)
+    both = build(captioner, tokenizer, cross_entropy=0.25).training_step(batch, 0)
+    own = batch_loss(captioner, batch, label_smoothing=0.0)
+    assert torch.allclose(both, reward_alone + 0.25 * own, atol=1e-5)
+    assert float(own.detach()) > 1
+
+
 def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTokenizer) -> None:
     module = build(captioner, tokenizer, lr_scale=0.5)
     assert module.optimizer_settings["lr"] == {"encoder": 0.5, "bridge": 1.0, "decoder": 1.5}
@@ -247,6 +258,7 @@ def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTo
         ({"baseline": "mean"}, r"training.baseline=mean must be one of leave_one_out, greedy"),
         ({"temperature": 0}, r"training.temperature=0 must be from 0.01 to 100"),
         ({"lr_scale": 0}, r"training.lr_scale=0 must be above 0; 1 keeps optimizer.lr"),
+        ({"cross_entropy": -1}, r"training.cross_entropy=-1 must be at least 0; 0: the reward alone"),
         ({"objective": "xe"}, r"training.objective=xe must be one of cross_entropy, scst"),
         (
             {"label_smoothing": 0.1},
@@ -287,7 +299,7 @@ def test_runs_from_before_a_setting_go_on_without_it(
         "seed": 0,
     }
     module = build_module(cfg, captioner, tokenizer, build_decoding(GREEDY), OfCaptions())
-    assert getattr(module, "hidden_captions", 0.0) == 0.0
+    assert getattr(module, "hidden_captions", 0.0) == getattr(module, "cross_entropy", 0.0) == 0.0
 
 
 def test_a_missing_setting_names_its_default() -> None:

@@ -122,6 +122,7 @@ _TRAINING: Form = {
     "baseline": optional(TEXT),
     "temperature": optional(number()),
     "lr_scale": optional(number()),
+    "cross_entropy": optional(number()),
     "max_bad_steps": optional(or_null(whole())),
 }
 

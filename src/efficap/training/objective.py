@@ -24,10 +24,10 @@ _OPTIONS = {
         "start_size",
         "unfreeze_encoder_at",
     ),
-    "scst": ("samples", "baseline", "temperature", "lr_scale"),
+    "scst": ("samples", "baseline", "temperature", "lr_scale", "cross_entropy"),
 }
 _OF_ALL = ("objective", "ema_decay", "max_bad_steps")
-_LATER = ("max_bad_steps", "hidden_captions")  # runs of earlier versions lack them
+_LATER = ("max_bad_steps", "hidden_captions", "cross_entropy")  # runs of earlier versions lack them
 _CHECKS: dict[str, Callable[..., None]] = {
     "cross_entropy": module.check_settings,
     "scst": self_critical.check_settings,

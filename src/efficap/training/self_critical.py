@@ -23,7 +23,7 @@ from efficap.evaluation.cider_d import CiderD
 from efficap.models.captioner import CaptionModel, DecodingState
 from efficap.models.linear import linear
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.losses import shared_loss
+from efficap.training.losses import memory_loss, shared_loss
 from efficap.training.module import CaptionModule
 
 BASELINES = ("leave_one_out", "greedy")
@@ -57,6 +57,8 @@ class SelfCriticalModule(CaptionModule):
         baseline: ``leave_one_out`` or ``greedy``.
         temperature: of the samples, and of the distribution that is trained.
         lr_scale: of the optimiser's learning rates, which are those of training from scratch.
+        cross_entropy: weight of the cross-entropy of the batch's own captions beside the reward's loss, as in Paulus et
+            al. (2018, https://arxiv.org/abs/1705.04304): it keeps captions varied, which the reward alone does not.
         seed: with the step and the image id, decides the samples: a resumed training draws them again.
 
     Raises:
@@ -76,14 +78,22 @@ class SelfCriticalModule(CaptionModule):
         temperature: float,
         lr_scale: float,
         seed: int,
+        cross_entropy: float = 0.0,
     ) -> None:
-        check_settings(samples=samples, baseline=baseline, temperature=temperature, lr_scale=lr_scale)
+        check_settings(
+            samples=samples,
+            baseline=baseline,
+            temperature=temperature,
+            lr_scale=lr_scale,
+            cross_entropy=cross_entropy,
+        )
         scaled = {part: lr_scale * lr for part, lr in optimizer["lr"].items()}
         super().__init__(
             captioner, tokenizer, decoding, optimizer={**optimizer, "lr": scaled}, label_smoothing=0.0
         )
         self.captioner.eval()
         self.reward, self.baseline, self.seed = reward, baseline, seed
+        self.cross_entropy = cross_entropy
         self.greedy = Greedy(max_tokens=decoding.max_tokens, **_NO_RULES)
         self.sampling = Nucleus(
             max_tokens=decoding.max_tokens,
@@ -124,7 +134,14 @@ class SelfCriticalModule(CaptionModule):
         self.log("train/reward", reward.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.log("train/length", sampled.lengths.float().mean(), batch_size=len(batch), sync_dist=True)
         self.log("train/ended", sampled.ended.float().mean(), batch_size=len(batch), sync_dist=True)
-        return shared_loss(loss, len(places))[0]
+        loss = shared_loss(loss, len(places))[0]
+        if not self.cross_entropy:
+            return loss
+        read = batch.tokens[..., :-1]
+        own = memory_loss(self.captioner, memory, read, batch.places, batch.targets, label_smoothing=0.0)
+        own, shown = shared_loss(own, len(batch.places))
+        self.log("train/loss", shown, batch_size=len(batch))
+        return loss + self.cross_entropy * own
 
     def _written(self, memory: Tensor, image_ids: list[str]) -> tuple[Decoded, Decoded | None]:
         """The samples, and the greedy captions where they are the baseline."""
@@ -165,7 +182,9 @@ class SelfCriticalModule(CaptionModule):
         return values.to(self.device)
 
 
-def check_settings(*, samples: int, baseline: str, temperature: float, lr_scale: float) -> None:
+def check_settings(
+    *, samples: int, baseline: str, temperature: float, lr_scale: float, cross_entropy: float = 0.0
+) -> None:
     """Raises InputError where a setting of `SelfCriticalModule` is out of its range."""
     if baseline not in BASELINES:
         raise InputError(f"training.baseline={baseline} must be one of {', '.join(BASELINES)}")
@@ -179,6 +198,8 @@ def check_settings(*, samples: int, baseline: str, temperature: float, lr_scale:
         )
     if lr_scale <= 0:
         raise InputError(f"training.lr_scale={lr_scale} must be above 0; 1 keeps optimizer.lr")
+    if cross_entropy < 0:
+        raise InputError(f"training.cross_entropy={cross_entropy} must be at least 0; 0: the reward alone")
 
 
 def caption_reward(captions: Iterable[str], tokenizer: CaptionTokenizer, max_tokens: int) -> CiderD:
