@@ -68,11 +68,12 @@ def test_without_gradients_a_step_does_nothing() -> None:
     assert not optimizer.state
 
 
-def test_matrices_and_convolutions_take_their_own_learning_rate() -> None:
+@pytest.mark.parametrize("share", [3.0, 0.0])
+def test_matrices_and_convolutions_take_their_own_learning_rate(share: float) -> None:
     captioner = build_model(tiny_model(), 97)
-    groups = parameter_groups(captioner, lr=LR, weight_decay=0.1, matrix_lr=3.0)
+    groups = parameter_groups(captioner, lr=LR, weight_decay=0.1, matrix_lr=share)
     moved = {id(p): group["lr"] for group in groups if group.get("is_orthogonal") for p in group["params"]}
-    assert {round(lr, 6) for lr in moved.values()} == {3e-3}
+    assert {round(lr, 6) for lr in moved.values()} == {share * 1e-3}
     names = {id(p): name for name, p in captioner.named_parameters()}
     found = {names[key] for key in moved}
     assert "decoder.h.0.attn.c_attn.weight" in found

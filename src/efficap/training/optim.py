@@ -75,13 +75,14 @@ def parameter_groups(
         depth = depth_of.get(name, 0)
         # A depthwise convolution is no matrix: each of its channels has one input.
         is_orthogonal = matrix_lr is not None and decayed and parameter.shape[1] > 1
+        share = matrix_lr if matrix_lr is not None and is_orthogonal else 1.0
         kind = "" if decayed else "/no_decay"
         group_name = f"{part}{'/muon' if is_orthogonal else kind}" + (f"/{depth}" if depth else "")
         group = groups.setdefault(
             group_name,
             {
                 "name": group_name,
-                "lr": lr[part] * layer_decay**depth * (matrix_lr if is_orthogonal and matrix_lr else 1.0),
+                "lr": lr[part] * layer_decay**depth * share,
                 "weight_decay": weight_decay if decayed else 0.0,
                 "params": [],
                 **({"is_orthogonal": True} if is_orthogonal else {}),
