@@ -36,6 +36,7 @@ from efficap.models.captioner import CaptionModel
 
 VOCABULARY = 50_257
 END = VOCABULARY - 1
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @dataclass(frozen=True)
@@ -66,16 +67,15 @@ def build_random(case: Case) -> CaptionModel:
     for block in captioner.decoder.h:
         nn.init.normal_(block.crossattention.c_proj.weight, std=0.1)  # type: ignore[union-attr]
     nn.init.normal_(captioner.decoder.wpe.weight, std=0.3)
-    return captioner.eval().to(getattr(torch, case.dtype))
+    return captioner.eval().to(DEVICE, getattr(torch, case.dtype))
 
 
 def theirs(plain: Plain, images: Tensor, case: Case) -> Tensor:
     """The (B, T) best captions by `generate`."""
 
     def ends(ids: Tensor, scores: Tensor) -> Tensor:
-        for row in range(len(ids)):
-            if ids.shape[1] >= case.end_of(row // case.beams):
-                scores[row, END] = 0.0
+        due = [row for row in range(len(ids)) if ids.shape[1] >= case.end_of(row // case.beams)]
+        scores[due, END] = 0.0
         return scores
 
     return plain.generate(
@@ -107,20 +107,20 @@ def ours(captioner: CaptionModel, images: Tensor, case: Case) -> Tensor:
         batch_size=None,
     )
     step = captioner.start(images, case.tokens)
-    places, length = torch.arange(len(images)), 0
+    places, length = list(range(len(images))), 0
 
     def ending(ids: Tensor, parents: Tensor | None, kept: Tensor | None) -> Tensor:
         nonlocal places, length
-        places, length = places if kept is None else places[kept], length + 1
+        places, length = places if kept is None else [places[place] for place in kept.tolist()], length + 1
         logits = step(ids, parents, kept)
         if case.ends:
-            due = torch.tensor([length >= case.end_of(int(place)) for place in places])
-            rows = due.repeat_interleave(len(ids) // len(places))
+            each = len(ids) // len(places)
+            rows = [n for n in range(len(ids)) if length >= case.end_of(places[n // each])]
             logits[rows, END] = logits[rows].float().logsumexp(-1).to(logits.dtype) + 20
         return logits
 
     names = [str(picture) for picture in range(len(images))]
-    return beam.decode(ending, names, bos_id=END, eos_id=END, device="cpu").tokens[:, 0]
+    return beam.decode(ending, names, bos_id=END, eos_id=END, device=DEVICE).tokens[:, 0]
 
 
 class Floor:
@@ -140,7 +140,7 @@ class Floor:
         ]
         self.rows = [count * (1 if step == 0 else case.beams) for step, count in enumerate(alive) if count]
         self.inputs = {
-            (rows, layer.in_features): torch.randn(rows, layer.in_features, dtype=dtype)
+            (rows, layer.in_features): torch.randn(rows, layer.in_features, dtype=dtype, device=DEVICE)
             for rows in set(self.rows)
             for layer in self.linears
         }
@@ -159,6 +159,8 @@ class Floor:
 def seconds(run: Callable[[], Any]) -> float:
     start = time.perf_counter()
     run()
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
@@ -168,7 +170,7 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
     plain, floor = Plain(other, MODELS[case.model]["encoder"]), Floor(other, case)
     if compile:
         captioner.compile_decoding()
-    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     runs = {
         "ours": lambda: ours(captioner, images, case),
         "generate": lambda: theirs(plain, images, case),
@@ -192,21 +194,34 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
 
 
 def peak_memory(way: str, case: Case) -> float:
-    """MiB that decoding adds to a process that has the weights and has encoded once; by Linux's high-water mark."""
+    """MiB that decoding adds to a process that has the weights and has encoded once.
+
+    By Linux's high-water mark, or the allocator's of a GPU.
+    """
     captioner = build_random(case)
     plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
-    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8)
+    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
     with torch.inference_mode():
         captioner.encode(images)
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # what encoding has freed is not to be used again unseen
-        before = _status("VmRSS")
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # forget the high-water mark
+        before = _begin_peak()
         if plain is None:
             ours(captioner, images, case)
         else:
             theirs(plain, images, case)
-        return _status("VmHWM") - before
+        peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else _status("VmHWM")
+        return peak - before
+
+
+def _begin_peak() -> float:
+    """Forget the high-water mark; returns the MiB that are taken now."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**20
+    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what encoding has freed is not to be used again unseen
+    before = _status("VmRSS")
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
+    return before
 
 
 def _status(key: str) -> float:

@@ -75,7 +75,10 @@ class Plain(nn.Module):
         self.encoder = timm.create_model(encoder, num_classes=0, global_pool="")
         self.encoder.load_state_dict(captioner.encoder.backbone.state_dict())
         self.bridge = copy.deepcopy(captioner.bridge)
-        self.mean, self.std = captioner.encoder.mean, captioner.encoder.std
+        self.mean: Tensor
+        self.std: Tensor
+        self.register_buffer("mean", captioner.encoder.mean, persistent=False)
+        self.register_buffer("std", captioner.encoder.std, persistent=False)
         decoder = captioner.decoder
         end = decoder.wte.num_embeddings - 1
         config = GPT2Config(
@@ -98,7 +101,7 @@ class Plain(nn.Module):
             for name, weight in decoder.state_dict().items():
                 is_conv1d = weight.ndim == 2 and name.startswith("h.")  # transformers stores these transposed
                 theirs[name].copy_(weight.T if is_conv1d else weight)
-        self.to(next(captioner.parameters()).dtype)
+        self.to(next(captioner.parameters()))
         self.train(captioner.training)
 
     def encode(self, images: Tensor) -> Tensor:
@@ -123,7 +126,7 @@ class Plain(nn.Module):
 
     def generate(self, images: Tensor, *, bos_id: int, eos_id: int, **options: Any) -> Tensor:
         """The (B, T) best captions by transformers' `generate`."""
-        prompt = torch.full((len(images), 1), bos_id)
+        prompt = torch.full((len(images), 1), bos_id, device=images.device)
         processors = options.pop("logits_processor", LogitsProcessorList())
         tokens: Tensor = self.gpt2.generate(
             prompt,

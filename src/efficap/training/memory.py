@@ -43,7 +43,8 @@ def bytes_per_picture(captioner: CaptionModel, decoding: Decoding, image: Tensor
 
     def count(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         nonlocal largest
-        taken = sum(tensor.nbytes for tensor in (*inputs, output) if isinstance(tensor, Tensor))
+        tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
+        taken = sum(t.numel() * t.element_size() for t in tensors)  # compiled, torch 2.11 cannot tell nbytes
         largest = max(largest, taken)
 
     encoding = _Encoding(captioner)
