@@ -3,9 +3,10 @@
     python bench/decode.py [--rounds 5] [--grow] [--short] [--compile]
 
 `small`'s sizes at 224 pixels with random weights: 8 pictures, 5 beams, 20 tokens; and once more with captions that
-end after 8 to 16 tokens. `--grow` shows how both grow with beams, pictures, length and model size. The floor is the
-encoder, the bridge and the bare matrix products of the same decoding, measured in the same run. The last line is one
-JSON object.
+end after 8 to 16 tokens. `--grow` shows how both grow with beams, pictures, length and model size. `generate` has a
+process of its own in which nothing is set, as its user would have it; efficap sets what its commands do. The floor is
+the encoder, the bridge and the bare matrix products of the same decoding, measured in the same run. The last line is
+one JSON object.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
+if __name__ == "__main__":  # and not in `generate`'s process
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
 
 import torch
 import torch.nn.functional as F
+from apart import Apart
 from plain import MODELS, Plain, build
 from torch import Tensor, nn
 from transformers import LogitsProcessorList
 from transformers.utils import logging
 
+from efficap.commands.entry import tune_process
 from efficap.decoding import Beam
 from efficap.models.captioner import CaptionModel
 
@@ -70,6 +74,11 @@ def build_random(case: Case) -> CaptionModel:
     return captioner.eval().to(DEVICE, getattr(torch, case.dtype))
 
 
+def random_images(case: Case) -> Tensor:
+    torch.manual_seed(1)
+    return torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+
+
 def theirs(plain: Plain, images: Tensor, case: Case) -> Tensor:
     """The (B, T) best captions by `generate`."""
 
@@ -87,6 +96,19 @@ def theirs(plain: Plain, images: Tensor, case: Case) -> Tensor:
         length_penalty=1.0,
         logits_processor=LogitsProcessorList([ends] if case.ends else []),
     )
+
+
+def generate_for(case: Case) -> Callable[[], Any]:
+    """`theirs`, ready to run; returns the tokens as lists."""
+    logging.set_verbosity_error()
+    plain, images = Plain(build_random(case), MODELS[case.model]["encoder"]), random_images(case)
+
+    def run() -> list[list[int]]:
+        with torch.inference_mode():
+            tokens: list[list[int]] = theirs(plain, images, case).tolist()
+        return tokens
+
+    return run
 
 
 def ours(captioner: CaptionModel, images: Tensor, case: Case) -> Tensor:
@@ -166,23 +188,24 @@ def seconds(run: Callable[[], Any]) -> float:
 
 def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, float | bool]:
     """Medians over rounds in which the three take turns: seconds, ratios, and whether the tokens agree."""
-    captioner, other = build_random(case), build_random(case)
-    plain, floor = Plain(other, MODELS[case.model]["encoder"]), Floor(other, case)
+    generate = Apart(generate_for, case)
+    captioner, floor = build_random(case), Floor(build_random(case), case)
     if compile:
         captioner.compile_decoding()
-    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
-    runs = {
+    images = random_images(case)
+    runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(captioner, images, case),
-        "generate": lambda: theirs(plain, images, case),
+        "generate": generate,
         "floor": lambda: floor(images),
     }
     with torch.inference_mode():
-        found, expected = runs["ours"](), runs["generate"]()  # and everything is warm
+        found, expected = runs["ours"]().cpu(), torch.tensor(generate())  # and everything is warm
         length = min(found.shape[1], expected.shape[1])
         times: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 times[name].append(seconds(run))
+    generate.close()
     ratios = [other / mine for mine, other in zip(times["ours"], times["generate"], strict=True)]
     floors = [mine / bare for mine, bare in zip(times["ours"], times["floor"], strict=True)]
     return {
@@ -200,7 +223,7 @@ def peak_memory(way: str, case: Case) -> float:
     """
     captioner = build_random(case)
     plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
-    images = torch.randint(0, 256, (case.pictures, 3, 224, 224), dtype=torch.uint8, device=DEVICE)
+    images = random_images(case)
     with torch.inference_mode():
         captioner.encode(images)
         before = _begin_peak()
@@ -281,6 +304,7 @@ def main() -> None:
     if options.memory_of:
         print(peak_memory(options.memory_of, Case(**json.loads(options.case))))
         return
+    tune_process()
     rounds = 2 if options.short else options.rounds
     cases = {
         "fp32": Case(),

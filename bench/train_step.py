@@ -15,13 +15,11 @@ import argparse
 import contextlib
 import json
 import logging
-import multiprocessing
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing.connection import Connection
 from typing import Any
 
 if __name__ == "__main__":  # and not in the plain way's process
@@ -29,6 +27,7 @@ if __name__ == "__main__":  # and not in the plain way's process
 
 import lightning.pytorch as pl
 import torch
+from apart import Apart
 from plain import MODELS, Plain, build
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,33 +110,13 @@ class Ours:
         self.schedule.step()
 
 
-class Theirs:
-    """A step of the plain way, in a process in which nothing is set: see `_take_steps`."""
-
-    def __init__(self, case: Case) -> None:
-        spawn = multiprocessing.get_context("spawn")
-        self.pipe, end = spawn.Pipe()
-        setting = os.environ.pop("GOMP_SPINCOUNT", None)
-        self.process = spawn.Process(target=_take_steps, args=(case, end), daemon=True)
-        self.process.start()
-        if setting is not None:
-            os.environ["GOMP_SPINCOUNT"] = setting
-
-    def __call__(self) -> None:
-        self.pipe.send(True)
-        self.pipe.recv()
-
-    def close(self) -> None:
-        self.pipe.send(False)
-        self.process.join()
-
-
-def _take_steps(case: Case, pipe: Connection) -> None:
-    """Pictures one caption each, all logits, Adam as it comes; a step whenever one is asked for."""
+def plain_step(case: Case) -> Callable[[], None]:
+    """A step of the plain way: pictures one caption each, all logits, Adam as it comes."""
     model = Plain(build(case.model).train(), MODELS[case.model]["encoder"]).to(DEVICE)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
     batch = batch_for(case)
-    while pipe.recv():
+
+    def step() -> None:
         optimizer.zero_grad()
         with case.autocast():
             loss = model.loss(batch.images, batch.tokens[:, 0], batch.lengths[:, 0], 0.1)
@@ -145,7 +124,8 @@ def _take_steps(case: Case, pipe: Connection) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         _wait()
-        pipe.send(True)
+
+    return step
 
 
 def seconds(step: Callable[[], Any], times: int = 1) -> float:
@@ -295,7 +275,7 @@ def utilisation(ours: Ours, step_seconds: float) -> float | None:
 
 def measure(case: Case, rounds: int) -> dict[str, float]:
     """Medians over rounds in which ours with K captions and the plain way with one take turns."""
-    plain, ours = Theirs(case), Ours(case)  # the other process starts meanwhile
+    plain, ours = Apart(plain_step, case), Ours(case)  # the other process starts meanwhile
     for step in (ours, plain) * WARM:
         step()
     mine, theirs = [], []
