@@ -12,7 +12,6 @@ one JSON object.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import statistics
@@ -21,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":  # and not in `generate`'s process
@@ -216,45 +216,14 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
     }
 
 
-def peak_memory(way: str, case: Case) -> float:
-    """MiB that decoding adds to a process that has the weights and has encoded once.
-
-    By Linux's high-water mark, or the allocator's of a GPU.
-    """
-    captioner = build_random(case)
-    plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
-    images = random_images(case)
-    with torch.inference_mode():
-        captioner.encode(images)
-        before = _begin_peak()
-        if plain is None:
-            ours(captioner, images, case)
-        else:
-            theirs(plain, images, case)
-        peak = torch.cuda.max_memory_allocated() / 2**20 if DEVICE == "cuda" else _status("VmHWM")
-        return peak - before
-
-
-def _begin_peak() -> float:
-    """Forget the high-water mark; returns the MiB that are taken now."""
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated() / 2**20
-    ctypes.CDLL("libc.so.6").malloc_trim(0)  # what encoding has freed is not to be used again unseen
-    before = _status("VmRSS")
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")
-    return before
-
-
-def _status(key: str) -> float:
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(key))
-
-
 def memory_of(way: str, case: Case) -> float:
-    """`peak_memory` in a process of its own, whose allocator gives back each tensor as it is freed."""
-    command = [sys.executable, __file__, "--memory-of", way, "--case", json.dumps(asdict(case))]
+    """What bench/decode_memory.py finds, in a process whose allocator gives back each tensor as it is freed."""
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("decode_memory.py")),
+        way,
+        json.dumps(asdict(case)),
+    ]
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     result = subprocess.run(command, capture_output=True, text=True, check=True, env=environment)
     return float(result.stdout.splitlines()[-1])
@@ -297,13 +266,8 @@ def main() -> None:
     parser.add_argument("--grow", action="store_true", help="also other sizes")
     parser.add_argument("--short", action="store_true", help="two rounds, no memory")
     parser.add_argument("--compile", action="store_true", help="ours through torch.compile")
-    parser.add_argument("--memory-of", choices=("ours", "generate"), help=argparse.SUPPRESS)
-    parser.add_argument("--case", default="{}", help=argparse.SUPPRESS)
     options = parser.parse_args()
     logging.set_verbosity_error()
-    if options.memory_of:
-        print(peak_memory(options.memory_of, Case(**json.loads(options.case))))
-        return
     tune_process()
     rounds = 2 if options.short else options.rounds
     cases = {

@@ -12,14 +12,13 @@ image-caption pairs a second. The last line is one JSON object.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import logging
 import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 if __name__ == "__main__":  # and not in the plain way's process
@@ -29,6 +28,7 @@ import lightning.pytorch as pl
 import torch
 from apart import Apart
 from plain import MODELS, Plain, build
+from steps import DEVICE, OPTIMIZER, PICTURES, Case, Ours, batch_for, plain_step, seconds, wait
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -37,109 +37,13 @@ from efficap.commands.entry import tune_process
 from efficap.decoding import Greedy
 from efficap.training.losses import batch_loss, caption_loss
 from efficap.training.module import CaptionModule
-from efficap.training.optim import build_optimizer
 
 WARM = 3  # steps, of which the first compile kernels and the next still find new memory
-PICTURES = {"small": 8, "medium": 8, "b0": 32}
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 PEAK = {
     "NVIDIA H100": 989e12,
     "NVIDIA H200": 989e12,
     "NVIDIA A100": 312e12,
 }  # dense bfloat16, by NVIDIA's data sheets
-OPTIMIZER = {
-    "betas": (0.9, 0.98),
-    "eps": 1e-8,
-    "weight_decay": 0.05,
-    "layer_decay": 1.0,
-    "warmup_steps": 10,
-    "final_lr": 0.01,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """What is trained: K captions of each picture, in float32 or under bfloat16 autocast; ours compiled, too."""
-
-    model: str
-    captions: int
-    dtype: str
-    pictures: int
-    compile: bool = False
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(DEVICE, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
-
-
-def batch_for(case: Case) -> CaptionBatch:
-    torch.manual_seed(1)
-    sizes = MODELS[case.model]
-    size, shape = sizes["image_size"], (case.pictures, case.captions)
-    if (
-        case.model == "b0"
-    ):  # Flickr8k's captions: 13 tokens in the mean with BOS and EOS, the longest about 30
-        lengths = torch.distributions.LogNormal(2.52, 0.3).sample(shape).round().clamp(6, 32).long()
-    else:
-        lengths = torch.full(shape, 20)
-    tokens = torch.randint(0, sizes["vocab_size"], (*shape, int(lengths.max())))
-    images = torch.randint(0, 256, (case.pictures, 3, size, size), dtype=torch.uint8)
-    return CaptionBatch(images, tokens, lengths, [str(n) for n in range(case.pictures)]).to(DEVICE)
-
-
-class Ours:
-    """efficap's step without Lightning; `parts` is given the seconds of each part."""
-
-    def __init__(self, case: Case) -> None:
-        torch.manual_seed(0)
-        self.case, self.captioner = case, build(case.model).train().to(DEVICE)
-        if case.compile:
-            self.captioner.compile_parts()
-        lr = dict.fromkeys(("encoder", "bridge", "decoder"), 1e-4)
-        self.optimizer, self.schedule = build_optimizer(
-            self.captioner, lambda _: 0.0, lr=lr, fused=True, **OPTIMIZER
-        )
-        self.batch = batch_for(case)
-
-    def __call__(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-        with self.case.autocast():
-            loss = batch_loss(self.captioner, self.batch, label_smoothing=0.1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), 1.0)
-        self.optimizer.step()
-        self.schedule.step()
-
-
-def plain_step(case: Case) -> Callable[[], None]:
-    """A step of the plain way: pictures one caption each, all logits, Adam as it comes."""
-    model = Plain(build(case.model).train(), MODELS[case.model]["encoder"]).to(DEVICE)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
-    batch = batch_for(case)
-
-    def step() -> None:
-        optimizer.zero_grad()
-        with case.autocast():
-            loss = model.loss(batch.images, batch.tokens[:, 0], batch.lengths[:, 0], 0.1)
-        loss.backward()  # type: ignore[no-untyped-call]
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        _wait()
-
-    return step
-
-
-def seconds(step: Callable[[], Any], times: int = 1) -> float:
-    _wait()
-    start = time.perf_counter()
-    for _ in range(times):
-        step()
-    _wait()
-    return (time.perf_counter() - start) / times
-
-
-def _wait() -> None:
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
 
 
 def differences(model: str) -> dict[str, float]:
@@ -221,7 +125,7 @@ class Clock(pl.Callback):
         self._last: float | None = None
 
     def on_train_batch_end(self, *_: Any) -> None:
-        _wait()
+        wait()
         if self._last is not None:
             lightnings = time.perf_counter() - self._last
             self.ratios.append(lightnings / seconds(self.bare))

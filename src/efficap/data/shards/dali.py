@@ -142,7 +142,7 @@ def _build(
         given = fn.external_source(source=feed, num_outputs=inputs, ndim=[1, 1, 1, 0][:inputs])
         encoded, (corner, extent, flip) = given[0], [*given[1:], None, None, None][:3]
         whole = {"device": "mixed" if on_gpu else "cpu", "output_type": types.RGB}
-        whole |= {"jpeg_fancy_upsampling": True} if on_gpu else {}  # edges of colours as libjpeg has them
+        whole["jpeg_fancy_upsampling"] = True  # on a GPU, too: edges of colours as libjpeg has them
         if training:
             part = {"start": corner, "shape": extent, "axis_names": "HW"}
             pictures = fn.decoders.image_slice(encoded, **part, **whole)
