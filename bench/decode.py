@@ -192,6 +192,8 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
     captioner, floor = build_random(case), Floor(build_random(case), case)
     if compile:
         captioner.compile_decoding()
+    else:
+        captioner.pack_weights()  # as caption.py and eval.py do
     images = random_images(case)
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(captioner, images, case),

@@ -1,4 +1,4 @@
-"""Attention by matrix products in bfloat16, on a CPU and for a gradient, against torch's own in float64."""
+"""Attention by matrix products on a CPU, for a gradient in bfloat16 and for few queries, against torch's in float64."""
 
 from __future__ import annotations
 
@@ -72,12 +72,27 @@ def test_dropout_leaves_out_its_share_of_the_weights() -> None:
     assert float(summed.std()) > 0.01
 
 
-@pytest.mark.parametrize("case", ["no-gradient", "float32", "long"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_few_queries_of_a_decoding_see_what_torch_lets_them_see(
+    dtype: torch.dtype, torch_calls: list[torch.dtype]
+) -> None:
+    visible = torch.rand(B, 1, T, N, generator=torch.Generator().manual_seed(0)) < 0.7
+    visible[..., 0] = True
+    mask = torch.zeros(visible.shape).masked_fill(~visible, -torch.inf)
+    found = attention(*inputs(dtype, N), mask=mask.to(dtype))
+    assert not torch_calls
+    expected = F.scaled_dot_product_attention(*inputs(torch.float64, N), attn_mask=visible)
+    assert torch.allclose(found.double(), expected, atol=1e-5 if dtype == torch.float32 else 0.03)
+
+
+@pytest.mark.parametrize("case", ["many-queries", "float32", "long"])
 def test_torch_is_asked_where_products_gain_nothing(
     case: str, torch_calls: list[torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     q, k, v = inputs(torch.float32 if case == "float32" else torch.bfloat16, N)
     monkeypatch.setattr(module, "SHORT", T * N - (case == "long"))
-    with torch.set_grad_enabled(case != "no-gradient"):
+    monkeypatch.setattr(module, "FEW", T - 1)
+    with torch.set_grad_enabled(case != "many-queries"):
         attention(q, k, v)
     assert len(torch_calls) == 1

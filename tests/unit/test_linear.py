@@ -10,16 +10,18 @@ import torch
 import torch.nn.functional as F
 
 from efficap.models import linear as module
-from efficap.models.linear import Linear, linear, mkl_is_slow
+from efficap.models.linear import Linear, cpu_has_bfloat16, linear, mkl_is_slow
 
 ZEN4 = {"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_f": True}
 
 
 @pytest.fixture(autouse=True)
 def _ask_anew() -> Iterator[None]:
-    mkl_is_slow.cache_clear()
+    for asked in (mkl_is_slow, cpu_has_bfloat16):
+        asked.cache_clear()
     yield
-    mkl_is_slow.cache_clear()
+    for asked in (mkl_is_slow, cpu_has_bfloat16):
+        asked.cache_clear()
 
 
 @pytest.fixture
@@ -95,3 +97,29 @@ def test_it_is_chosen_for_amds_processors_with_avx_512(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert mkl_is_slow() == slow
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_packed_layers_give_what_the_plain_ones_do(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    capabilities = ZEN4 | {"avx512_bf16": True}
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    torch.manual_seed(0)
+    layer, x = Linear(96, 70).to(dtype), torch.randn(2, 3, 96, dtype=dtype)
+    expected = F.linear(x, layer.weight, layer.bias)
+    layer.pack()
+    layer.pack()  # once more changes nothing
+    assert layer.weight.is_mkldnn
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_weights_stay_where_another_order_gains_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"cpu_name": "Intel"}, raising=False)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        layer = Linear(12, 7).to(dtype)
+        layer.pack()
+        assert not layer.weight.is_mkldnn

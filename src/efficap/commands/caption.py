@@ -113,7 +113,7 @@ def _load_writer(
 ) -> tuple[CaptionWriter, int]:
     """The writer, and the number of pictures that it takes at a time."""
     tokenizer = run.tokenizer()
-    captioner = run.captioner(tokenizer, device, precision, compile=compile)
+    captioner = run.captioner(tokenizer, device, precision, compile=compile, packed=True)
     writer = CaptionWriter(captioner, tokenizer, decoding)
     side = run.config["model"]["image_size"]
     return writer, writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))

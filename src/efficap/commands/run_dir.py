@@ -90,11 +90,13 @@ class RunDirectory:
         precision: torch.dtype = torch.float32,
         *,
         compile: bool = False,
+        packed: bool = False,
     ) -> CaptionModel | OnnxCaptioner:
         """The trained model on `device`, in evaluation mode, its weights in `precision`; or an export's, as it is.
 
         Args:
             compile: whether it decodes through torch.compile.
+            packed: whether, if not, its weights are laid out for decoding; see `CaptionModel.pack_weights`.
 
         Raises:
             InputError: an export is to be compiled, which is no model of torch's.
@@ -110,6 +112,8 @@ class RunDirectory:
         captioner.to(device, precision)
         if compile:
             captioner.compile_decoding()
+        elif packed:
+            captioner.pack_weights()
         return captioner
 
     def decoding(self, changes: dict[str, Any]) -> dict[str, Any]:

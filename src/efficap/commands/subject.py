@@ -87,7 +87,7 @@ def open_run(cfg: dict[str, Any]) -> Subject:
     device, precision = run.placement(cfg["accelerator"], cfg["precision"])
     decoding = build_decoding(run.decoding(cfg["decoding"]))
     tokenizer = run.tokenizer()
-    captioner = run.captioner(tokenizer, device, precision, compile=cfg["compile"])
+    captioner = run.captioner(tokenizer, device, precision, compile=cfg["compile"], packed=True)
     writer = CaptionWriter(captioner, tokenizer, decoding)
     side = run.config["model"]["image_size"]
     batch_size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
@@ -117,7 +117,7 @@ def open_ensemble(cfg: dict[str, Any]) -> Subject:
         way = preprocessing(run.config["model"])
         if way not in ways:
             ways.append(way)
-        captioner = run.captioner(tokenizer, own_device, precision, compile=cfg["compile"])
+        captioner = run.captioner(tokenizer, own_device, precision, compile=cfg["compile"], packed=True)
         members.append(Member(captioner, ways.index(way)))
     ensemble = Ensemble(members, [way["image_size"] for way in ways])
     writer = CaptionWriter(ensemble, tokenizer, decoding)

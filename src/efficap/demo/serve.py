@@ -64,7 +64,8 @@ def build_service(cfg: dict[str, Any]) -> CaptionService:
     runs = [RunDirectory(path) for path in paths]
     if not runs:
         raise InputError("run=[] names no run; give a run directory, such as run=outputs/latest")
-    captioners = [Captioner(run, accelerator=cfg["accelerator"], precision=cfg["precision"]) for run in runs]
+    place = {"accelerator": cfg["accelerator"], "precision": cfg["precision"]}
+    captioners = [Captioner(run, **place, packed=True) for run in runs]
     names = dict(zip(_names(runs), captioners, strict=True))
     limits = Limits(pixels=cfg["max_pixels"], **cfg["limits"])
     return CaptionService(names, limits, max_batch=cfg["max_batch"], max_requests=cfg["max_requests"])

@@ -6,18 +6,23 @@ L layers, S slots.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 KeyValue = tuple[Tensor, Tensor]
 
+STEPS = 8  # that a cache makes room for at a time
+
 
 class DecodingCache:
     """Keys and values of the tokens so far, and of the memory, for decoding one token at a time.
 
     What was written stays where it is, in slots of its picture that all its rows share; which of them a row sees is its
-    history. So beams change their parents without a copy of keys and values.
+    history. So beams change their parents without a copy of keys and values. Attention takes all slots there are, those
+    to come behind the mask: a part of them would be copied for each of its matrix products.
 
     Args:
         memory: for each layer the (B, H, N, d) keys and values of the pictures, shared by the rows of each.
@@ -26,18 +31,20 @@ class DecodingCache:
     """
 
     def __init__(self, memory: list[KeyValue], max_tokens: int, empty_slot: bool = False) -> None:
-        self.memory, self.max_tokens = memory, max_tokens
+        self.memory = [(key.contiguous(), value.contiguous()) for key, value in memory]
+        self.max_tokens = max_tokens
         self.length = 0  # tokens of each row
         self.rows = 1  # G
-        self.mask: Tensor | None = None  # (B, 1, G, slots), -inf where a row does not see; None: all see all
+        self.mask: Tensor | None = (
+            None  # (B, 1, G, S), -inf where a row does not see; None: all see all used slots
+        )
         images, heads, _, d = memory[0][0].shape
         self._used = int(empty_slot)  # slots
-        slots = max_tokens + self._used
-        self._keys = memory[0][0].new_empty(len(memory), images, heads, slots, d)  # (L, B, H, S, d)
-        self._values = torch.empty_like(self._keys)
-        self._keys[..., : self._used, :] = self._values[..., : self._used, :] = 0
-        self._visible = torch.zeros(images, 1, slots, dtype=torch.bool, device=self._keys.device)  # (B, G, S)
-        self._visible[..., : self._used] = True
+        self._keys = memory[0][0].new_zeros(len(memory), images, heads, self._used, d)  # (L, B, H, S, d)
+        self._values = torch.zeros_like(self._keys)
+        self._visible = torch.ones(
+            images, 1, self._used, dtype=torch.bool, device=self._keys.device
+        )  # (B, G, S)
 
     def follow(self, parents: Tensor, images: Tensor | None) -> None:
         """Row r now continues what was row parents[r].
@@ -48,19 +55,18 @@ class DecodingCache:
         """
         if images is not None:
             self.memory = [(key[images], value[images]) for key, value in self.memory]
-            self._keys, self._values = (
-                buffer[:, images] if self._used else buffer[:, : len(images)]
-                for buffer in (self._keys, self._values)
-            )
+            self._keys, self._values = (buffer[:, images] for buffer in (self._keys, self._values))
             self._visible = self._visible[images]
         own = parents.view(len(self._visible), -1) % self.rows  # (B, G)
-        if own.shape[1] != self.rows:
-            self.rows = own.shape[1]
-            self._grow(self._used + self.rows * (self.max_tokens - self.length))
+        self.rows = own.shape[1]
         self._visible = self._visible.gather(1, own[..., None].expand(-1, -1, self._visible.shape[2]))
 
-    def _grow(self, slots: int) -> None:
-        more = slots - self._keys.shape[3]
+    def _slots(self) -> int:
+        """How many there should be, S, for those in use."""
+        return math.ceil(self._used / (STEPS * self.rows)) * STEPS * self.rows
+
+    def _grow(self) -> None:
+        more = self._slots() - self._keys.shape[3]
         if more > 0:
             self._keys, self._values = (
                 F.pad(buffer, (0, 0, 0, more)) for buffer in (self._keys, self._values)
@@ -76,6 +82,7 @@ class DecodingCache:
         assert tokens == 1 or (self.rows == 1 and self.length == 0)
         start, self._used = self._used, self._used + tokens * self.rows
         self.length += tokens
+        self._grow()
         if self.rows == 1:
             self._visible[:, :, start : self._used] = True
             self.mask = None
@@ -83,28 +90,27 @@ class DecodingCache:
         self._visible[:, :, start : self._used] = torch.eye(
             self.rows, dtype=torch.bool, device=self._visible.device
         )
-        unseen = ~self._visible[:, None, :, : self._used]  # (B, 1, G, slots)
+        unseen = ~self._visible[:, None]  # (B, 1, G, S)
         self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
-        """Write the (B, H, G*T, d) of the newest tokens; returns the (B, H, slots, d) of this layer."""
-        start = self._used - key.shape[2]
-        self._keys[layer, :, :, start : self._used] = key
-        self._values[layer, :, :, start : self._used] = value
-        return self._keys[layer, :, :, : self._used], self._values[layer, :, :, : self._used]
+        """Write the (B, H, G*T, d) of the newest tokens; returns the layer's (B, H, slots, d) that `mask` is for."""
+        newest = slice(self._used - key.shape[2], self._used)
+        self._keys[layer, :, :, newest] = key
+        self._values[layer, :, :, newest] = value
+        slots = self._used if self.mask is None else self._keys.shape[3]
+        return self._keys[layer, :, :, :slots], self._values[layer, :, :, :slots]
 
 
 class FixedCache(DecodingCache):
     """A cache whose steps have the same shapes once the prompt is read, so that one compiled step serves them all.
 
-    All slots take part in every step, those to come behind the mask. Where the newest tokens go is a tensor, for a
-    number would be compiled into the step. Pictures do not leave.
+    All slots that the longest sequence takes are there as soon as the rows are known. Where the newest tokens go is a
+    tensor, for a number would be compiled into the step. Pictures do not leave.
     """
 
-    def __init__(self, memory: list[KeyValue], max_tokens: int, empty_slot: bool = False) -> None:
-        super().__init__(memory, max_tokens, empty_slot)
-        self._keys.zero_()  # what is masked is multiplied by 0, and must not be infinite
-        self._values.zero_()
+    def _slots(self) -> int:
+        return self._used + self.rows * (self.max_tokens - self.length)
 
     def advance(self, tokens: int) -> None:
         super().advance(tokens)

@@ -16,6 +16,7 @@ from efficap.models.bridge import Bridge
 from efficap.models.cache import DecodingCache, FixedCache
 from efficap.models.encoder import ImageEncoder
 from efficap.models.gpt2 import GPT2
+from efficap.models.linear import Linear
 from efficap.models.original import DECODER, OriginalBridge
 from efficap.models.packing import Packing
 
@@ -71,6 +72,13 @@ class CaptionModel(nn.Module):
         self.bridge.compile()
         for block in self.decoder.h:
             block.get_submodule("mlp").compile(dynamic=True)
+
+    def pack_weights(self) -> None:
+        """From now on decode, alone, with weights in the order that a CPU multiplies them in; see `packed`."""
+        for layer in self.modules():
+            if isinstance(layer, Linear):
+                layer.pack()
+        self.decoder.pack_head()
 
     def compile_decoding(self) -> None:
         """From now on decode through torch.compile, with the same shapes in every batch and step: all is compiled once.

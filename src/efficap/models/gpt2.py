@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from efficap.errors import InputError
 from efficap.models.attention import attention
 from efficap.models.cache import DecodingCache, KeyValue
-from efficap.models.linear import Linear, linear
+from efficap.models.linear import Linear, linear, packed
 from efficap.models.packing import Packing
 
 
@@ -71,6 +71,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd, layer_norm_epsilon)
         self.empty_slot = empty_slot
         self.gradient_checkpointing = False
+        self._packed_head: Tensor | None = None
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -88,6 +89,10 @@ class GPT2(nn.Module):
             assert isinstance(block, GPT2Block)
             nn.init.zeros_(block.crossattention.c_proj.weight)
             nn.init.zeros_(block.crossattention.c_proj.bias)
+
+    def pack_head(self) -> None:
+        """Keep the embedding once more as the output layer's weight, in the order in which it is multiplied fastest."""
+        self._packed_head = packed(self.wte.weight)
 
     def project_memory(self, memory: Tensor) -> list[KeyValue]:
         """Project the (B, N, D) memory to each layer's (B, H, N, d) keys and values, once for all rows."""
@@ -138,7 +143,7 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (…, D) hidden states to (…, V) logits by the tied embedding."""
-        return linear(hidden, self.wte.weight)
+        return linear(hidden, self.wte.weight if self._packed_head is None else self._packed_head)
 
     def step(self, ids: Tensor, cache: DecodingCache) -> Tensor:
         """Feed each row's newest token, (R,), for which `cache` has room; returns the (R, V) logits of the next one."""

@@ -1,7 +1,8 @@
-"""Float32 matrix products by oneDNN, on the CPUs for which torch's own way of computing them is slow.
+"""Matrix products by oneDNN, on the CPUs for which torch's own way of computing them is slow.
 
-torch leaves these products to MKL, which on AMD's processors makes no use of AVX-512; oneDNN, which torch has for its
-convolutions, was seen to be twice as fast there (docs/benchmarks.md). bfloat16 and GPUs are well served by torch.
+torch leaves those of float32 to MKL, which on AMD's processors makes no use of AVX-512; oneDNN, which torch has for its
+convolutions, was seen to be twice as fast there (docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding
+multiplies few rows by the same weights again and again, whose order oneDNN changes each time unless it was done before.
 
 R rows, I inputs, O outputs.
 """
@@ -18,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+ROWS = 64  # of a decoding's step, about; a packed weight's order is right for any number
+
 
 class Linear(nn.Linear):
     """torch's linear layer, with `linear`'s arithmetic."""
@@ -26,9 +29,24 @@ class Linear(nn.Linear):
         """(…, I) -> (…, O)."""
         return linear(x, self.weight, self.bias)
 
+    def pack(self) -> None:
+        """Keep the weight as `packed` from now on, for inference alone."""
+        self.weight = nn.Parameter(packed(self.weight), requires_grad=False)
+
+
+def packed(weight: Tensor) -> Tensor:
+    """An (O, I) weight in the order that oneDNN multiplies it in, where that is faster: opaque but to `linear`."""
+    by_onednn = {torch.float32: mkl_is_slow, torch.bfloat16: cpu_has_bfloat16}.get(weight.dtype)
+    if weight.device.type != "cpu" or weight.is_mkldnn or not (by_onednn and by_onednn() and _has_operator()):
+        return weight
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    return reordered
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(…, I) with an (O, I) weight -> (…, O), as `torch.nn.functional.linear` to float32's rounding."""
+    if weight.is_mkldnn:
+        return product(x, weight, bias)
     if not (_is_float32_on_cpu(x) and mkl_is_slow() and x.numel()):
         return F.linear(x, weight, bias)
     if torch.is_grad_enabled():
@@ -47,10 +65,13 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 @functools.cache
 def mkl_is_slow() -> bool:
     """Whether this is a processor of AMD with AVX-512 and a torch that has what `product` calls."""
-    has_operator = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     capabilities = _capabilities()
     is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
-    return has_operator and is_amd and bool(capabilities.get("avx512_f"))
+    return _has_operator() and is_amd and bool(capabilities.get("avx512_f"))
+
+
+def _has_operator() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 @functools.cache

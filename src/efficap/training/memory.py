@@ -49,7 +49,10 @@ def bytes_per_picture(captioner: CaptionModel, decoding: Decoding, image: Tensor
 
     encoding = _Encoding(captioner)
     own = itertools.chain(encoding.named_parameters(), encoding.named_buffers())
-    without_storage = {name: tensor.to("meta") for name, tensor in own}
+    # A packed weight could not be moved there.
+    without_storage = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in own
+    }
     hooks = [module.register_forward_hook(count) for module in captioner.modules()]
     try:
         memory = torch.func.functional_call(encoding, without_storage, image.to("meta"))  # (1, N, D)
