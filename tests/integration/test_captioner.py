@@ -209,6 +209,15 @@ def test_all_that_is_known_of_captions_comes_with_them(captioner: Captioner, pic
         torch.testing.assert_close(one.attention.sum(dim=1), torch.ones(steps))
 
 
+def test_a_packed_one_says_the_same_and_is_not_published(
+    run: Path, captioner: Captioner, pictures: list[Path], tmp_path: Path
+) -> None:
+    packed = Captioner.from_pretrained(run, packed=True)
+    assert packed.caption(pictures, "beam") == captioner.caption(pictures, "beam")
+    with pytest.raises(InputError, match="packed=True"):
+        packed.save_pretrained(tmp_path / "out")
+
+
 def test_within_a_program_of_hydras_a_decoding_is_found_and_the_program_goes_on(
     captioner: Captioner, pictures: list[Path]
 ) -> None:

@@ -72,7 +72,7 @@ class Captioner(
         precision: str | None = None,
         packed: bool = False,
     ) -> None:
-        self.run = run
+        self.run, self.packed = run, packed
         self.device, dtype = run.placement(accelerator, precision)
         self.tokenizer = run.tokenizer()
         self.model = run.captioner(self.tokenizer, self.device, dtype, packed=packed)
@@ -216,6 +216,10 @@ class Captioner(
     def _save_pretrained(self, save_directory: Path) -> None:
         if not isinstance(self.model, CaptionModel):
             raise InputError(f"{self.run.path} is an export; publish the run that it was made from")
+        if self.packed:
+            raise InputError(
+                "packed=True is for captions alone; publish the captioner that is made without it"
+            )
         config = {key: value for key, value in _without_paths(self.run.config).items() if value is not None}
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
