@@ -18,6 +18,8 @@ def peak_memory(way: str, case: Case) -> float:
     By Linux's high-water mark, or the allocator's of a GPU.
     """
     captioner = build_random(case)
+    if way == "ours":
+        captioner.pack_weights()
     plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
     images = random_images(case)
     with torch.inference_mode():

@@ -1,7 +1,7 @@
 """Scaled dot-product attention; a CPU gets it from matrix products where torch's own was seen to be slower.
 
 That is the gradient in bfloat16, 7 to 10 times for captions of 20 to 30 tokens, and a step of decoding, whose few
-queries took 1.5 to 5 times as long in bfloat16 and up to twice in float32 (docs/benchmarks.md).
+queries took 1.5 to 5 times as long in bfloat16 and about twice in float32 (docs/benchmarks.md).
 
 B images or rows, H heads of width d, T queries, N keys.
 """

@@ -35,16 +35,13 @@ class DecodingCache:
         self.max_tokens = max_tokens
         self.length = 0  # tokens of each row
         self.rows = 1  # G
-        self.mask: Tensor | None = (
-            None  # (B, 1, G, S), -inf where a row does not see; None: all see all used slots
-        )
+        # (B, 1, G, S), -inf where a row does not see; None: all see all slots in use.
+        self.mask: Tensor | None = None
         images, heads, _, d = memory[0][0].shape
         self._used = int(empty_slot)  # slots
         self._keys = memory[0][0].new_zeros(len(memory), images, heads, self._used, d)  # (L, B, H, S, d)
         self._values = torch.zeros_like(self._keys)
-        self._visible = torch.ones(
-            images, 1, self._used, dtype=torch.bool, device=self._keys.device
-        )  # (B, G, S)
+        self._visible = self._keys.new_ones(images, 1, self._used, dtype=torch.bool)  # (B, G, S)
 
     def follow(self, parents: Tensor, images: Tensor | None) -> None:
         """Row r now continues what was row parents[r].
@@ -90,8 +87,11 @@ class DecodingCache:
         self._visible[:, :, start : self._used] = torch.eye(
             self.rows, dtype=torch.bool, device=self._visible.device
         )
+        self.mask = self._hide_unseen()
+
+    def _hide_unseen(self) -> Tensor:
         unseen = ~self._visible[:, None]  # (B, 1, G, S)
-        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+        return self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
 
     def append(self, layer: int, key: Tensor, value: Tensor) -> KeyValue:
         """Write the (B, H, G*T, d) of the newest tokens; returns the layer's (B, H, slots, d) that `mask` is for."""
@@ -117,8 +117,8 @@ class FixedCache(DecodingCache):
         device = self._keys.device
         self._newest = torch.arange(self._used - tokens * self.rows, self._used, device=device)  # (G*T,)
         self._positions = super().positions(tokens)
-        unseen = ~self._visible[:, None]  # (B, 1, G, S)
-        self.mask = self._keys.new_zeros(unseen.shape).masked_fill_(unseen, -torch.inf)
+        if self.mask is None:  # a single row sees the slots in use alone, too, since all are taken
+            self.mask = self._hide_unseen()
 
     def positions(self, tokens: int) -> Tensor:
         return self._positions

@@ -35,11 +35,16 @@ class Linear(nn.Linear):
 
 
 def packed(weight: Tensor) -> Tensor:
-    """An (O, I) weight in the order that oneDNN multiplies it in, where that is faster: opaque but to `linear`."""
+    """An (O, I) weight in the order that oneDNN multiplies it in, where that is faster: opaque but to `linear`.
+
+    Returns:
+        It, or the weight as it is; without a gradient.
+    """
+    weight = weight.detach()
     by_onednn = {torch.float32: mkl_is_slow, torch.bfloat16: cpu_has_bfloat16}.get(weight.dtype)
     if weight.device.type != "cpu" or weight.is_mkldnn or not (by_onednn and by_onednn() and _has_operator()):
         return weight
-    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), ROWS)
+    reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return reordered
 
 
