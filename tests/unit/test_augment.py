@@ -9,8 +9,15 @@ from conftest import tiny_model
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
 from efficap.models.build import build_model
-from efficap.training.augment import drop_tokens, growing_size, hide_words, resized
-from efficap.training.losses import batch_loss
+from efficap.training.augment import (
+    choose_hidden,
+    drop_tokens,
+    growing_size,
+    hide_words,
+    resized,
+    told_once,
+)
+from efficap.training.losses import batch_loss, memory_loss
 from efficap.training.module import CaptionModule
 from efficap.training.optim import build_optimizer, parameter_groups
 
@@ -50,11 +57,34 @@ def test_a_share_of_the_words_is_replaced_but_never_bos() -> None:
 def test_a_share_of_the_captions_is_hidden_as_a_whole() -> None:
     torch.manual_seed(0)
     tokens = torch.arange(40).expand(50, 5, 40)
-    read = hide_words(tokens, 0.3)
-    hidden = (read == 0).all(dim=-1)
-    assert torch.equal(read[~hidden], tokens[~hidden])
-    assert abs(float(hidden.float().mean()) - 0.3) < 0.1
-    assert torch.equal(hide_words(tokens, 0.0), tokens)
+    is_hidden = choose_hidden(tokens, 0.3)
+    read = hide_words(tokens, is_hidden)
+    assert torch.equal((read == 0).all(dim=-1), is_hidden)
+    assert torch.equal(read[~is_hidden], tokens[~is_hidden])
+    assert abs(float(is_hidden.float().mean()) - 0.3) < 0.1
+    assert not choose_hidden(tokens, 0.0).any()
+
+
+def test_hidden_captions_of_a_picture_are_read_once_with_the_loss_and_the_gradients_of_each() -> None:
+    torch.manual_seed(0)
+    captioner = build_model(tiny_model(), 97)
+    images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
+    lengths = torch.tensor([[4, 9, 6], [9, 5, 0], [3, 4, 7], [8, 8, 8]])
+    tokens = torch.randint(3, 97, (4, 3, 9))
+    tokens[..., 0] = 1
+    batch = CaptionBatch(images, tokens, lengths, list("abcd"))
+    is_hidden = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
+    read = hide_words(batch.tokens[..., :-1], is_hidden)
+    places, standing = told_once(batch.places, is_hidden, read.shape[2])
+    # 5 of the longer of two hidden ones and 8 of one that is read; 8; all; 7 and 7.
+    assert len(places) == (5 + 8) + 8 + (2 + 3 + 6) + (7 + 7)
+    found = []
+    for at, which in ((batch.places, None), (places, standing)):
+        memory = captioner.encode(images)
+        loss = memory_loss(captioner, memory, read, at, batch.targets, label_smoothing=0.0, standing=which)
+        found.append((loss, *torch.autograd.grad(loss, list(captioner.parameters()))))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
 
 
 def test_a_model_that_is_told_no_words_learns_from_pictures_and_places_alone() -> None:

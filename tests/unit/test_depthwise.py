@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import timm
 import torch
 from timm.layers.conv2d_same import Conv2dSame
 from torch import Tensor, nn
 
-from efficap.models.depthwise import DepthwiseConv2d, use_float32_gradients
+from efficap.models.depthwise import DepthwiseConv2d, use_fast_gradients
 
 
 def gradients(conv: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
@@ -19,20 +21,62 @@ def gradients(conv: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...
     return y.float(), of_x.float(), of_weight.float()
 
 
-@pytest.mark.parametrize("kind", [nn.Conv2d, Conv2dSame])
-@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (5, 2)])
+def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert one.shape == other.shape
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+@pytest.mark.parametrize(
+    ("kernel_size", "stride", "padding", "dilation"),
+    [
+        (3, 1, 1, 1),
+        (3, 2, 1, 1),
+        (5, 1, 2, 1),
+        (5, 2, 2, 1),
+        (7, 2, 3, 1),
+        (9, 1, 0, 1),
+        (3, 1, 2, 2),
+        (5, 1, 4, 2),
+        (3, 1, 1, 3),
+        (3, 2, 2, 2),  # this and those below in float32, at least in part
+        (2, 1, 1, 1),
+        ((1, 3), 1, (0, 1), 1),
+        (3, 1, 4, 1),
+    ],
+)
 def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(
-    kind: type[nn.Conv2d], kernel_size: int, stride: int
+    kernel_size: Any, stride: int, padding: Any, dilation: int
 ) -> None:
-    padding = {} if kind is Conv2dSame else {"padding": kernel_size // 2}
-    exact = kind(8, 8, kernel_size, stride, groups=8, bias=False, **padding)
+    settings = {"stride": stride, "padding": padding, "dilation": dilation}
+    exact = nn.Conv2d(8, 8, kernel_size, groups=8, bias=False, **settings)
+    x = torch.randn(4, 8, 11, 12).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn_like(exact(x))
+    expected = gradients(exact, x, gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(DepthwiseConv2d(exact), x, gradient)
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (5, 2)])
+def test_gradients_with_padding_as_tensorflow_has_it_likewise(kernel_size: int, stride: int) -> None:
+    exact = Conv2dSame(8, 8, kernel_size, stride, groups=8, bias=False)
     x = torch.randn(4, 8, 11, 11).contiguous(memory_format=torch.channels_last)
     gradient = torch.randn_like(exact(x))
     expected = gradients(exact, x, gradient)
     with torch.autocast("cpu", torch.bfloat16):
         found = gradients(DepthwiseConv2d(exact), x, gradient)
-    for one, other in zip(found, expected, strict=True):
-        assert (one - other).norm() < 0.01 * other.norm()
+    assert_close(found, expected)
+
+
+def test_a_gradient_in_another_layout_gives_the_same() -> None:
+    exact = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
+    x = torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last)
+    gradient = torch.randn(4, 8, 6, 6)  # as what torch makes of a mean over positions
+    expected = gradients(exact, x, gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(DepthwiseConv2d(exact), x, gradient)
+    assert_close(found, expected)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnetv2_b0"])
@@ -41,7 +85,7 @@ def test_a_backbone_keeps_its_weights_their_names_and_what_it_computes(name: str
     before = timm.create_model(name, num_classes=0, global_pool="")
     after = timm.create_model(name, num_classes=0, global_pool="")
     after.load_state_dict(before.state_dict())
-    use_float32_gradients(after)
+    use_fast_gradients(after)
     replaced = sum(isinstance(module, DepthwiseConv2d) for module in after.modules())
     assert replaced == sum(isinstance(m, nn.Conv2d) and m.groups > 1 for m in before.modules())
     assert list(after.state_dict()) == list(before.state_dict())

@@ -1,7 +1,10 @@
-"""Depthwise convolutions whose gradients a CPU computes in float32, where training is in bfloat16.
+"""Depthwise convolutions whose gradients a CPU computes fast, where training is in bfloat16.
 
-oneDNN's gradient of a depthwise convolution with a stride was seen to take 20 times as long in bfloat16 as in float32
-(docs/benchmarks.md); forward, bfloat16 is the faster of the two.
+oneDNN's gradient of the weight is fast in bfloat16 for kernels of 3 x 3 that are not dilated, that of the input where
+it can be had by a convolution forward; others were seen to take 10 to 100 times as long (docs/benchmarks.md). So
+larger kernels are taken apart into such, and what is left is computed in float32.
+
+B images, C channels, H x W pixels before and h x w after, kernels of k x k.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from timm.layers.padding import pad_same
 from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+
+Sizes = tuple[int, int]
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -45,7 +50,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return y
 
 
-def use_float32_gradients(backbone: nn.Module) -> None:
+def use_fast_gradients(backbone: nn.Module) -> None:
     """Put a `DepthwiseConv2d` in the place of each depthwise convolution; weights and their names stay."""
     for parent in list(backbone.modules()):
         for name, conv in parent.named_children():
@@ -73,19 +78,106 @@ class _Depthwise(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        stride, padding, dilation, groups = ctx.settings
-        wanted = [*ctx.needs_input_grad[:2], False]
-        of_x, of_weight, _ = torch.ops.aten.convolution_backward(
-            gradient.float(),
-            x.float(),
-            weight,
-            None,
-            stride,
-            padding,
-            dilation,
-            False,
-            [0, 0],
-            groups,
-            wanted,
+        gradient = gradient.contiguous(memory_format=torch.channels_last)
+        of_x = _of_input(gradient, x, weight, *ctx.settings) if ctx.needs_input_grad[0] else None
+        of_weight = _of_weight(gradient, x, weight, *ctx.settings) if ctx.needs_input_grad[1] else None
+        return of_x, of_weight, None, None, None, None
+
+
+def _of_input(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """The (B, C, H, W) gradient of a convolution's input, in bfloat16."""
+    if max(stride) == 1:  # it is a convolution itself, with the kernel turned round
+        reach = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
+        if min(reach) >= 0:
+            turned = weight.flip(2, 3).to(x.dtype)
+            return F.conv2d(gradient, turned, None, 1, reach, dilation, groups)
+    shaped = torch.empty_like(x, dtype=torch.float32)  # none of its values are read
+    settings = (stride, padding, dilation, groups)
+    return _gradients(gradient.float(), shaped, weight, *settings, wanted=0).to(x.dtype)
+
+
+def _of_weight(
+    gradient: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
+) -> Tensor:
+    """The (C, 1, k, k) gradient of its weight, in float32."""
+    height, width = weight.shape[2:]
+    is_dilated = max(dilation) > 1
+    if height != width or height % 2 == 0 or height == 1 or (is_dilated and max(stride) > 1):
+        settings = (stride, padding, dilation, groups)
+        return _gradients(gradient.float(), x.float(), weight, *settings, wanted=1)
+    if is_dilated:
+        gradient, x, padding = *_apart(gradient, x, padding, dilation), (0, 0)
+    if height == 3:
+        small = weight.to(x.dtype)
+        return _gradients(gradient, x, small, stride, padding, (1, 1), groups, wanted=1).to(weight.dtype)
+    return _by_parts(gradient, x, weight, stride, padding)
+
+
+def _apart(gradient: Tensor, x: Tensor, padding: Sizes, dilation: Sizes) -> tuple[Tensor, Tensor]:
+    """What a dilated convolution with stride 1 keeps apart, as pictures of their own of one that is not dilated.
+
+    Args:
+        gradient: (B, C, h, w); x: (B, C, H, W).
+
+    Returns:
+        (d * d * B, C, …) gradient and padded pictures, the places that have the same remainder by the dilation d.
+    """
+
+    def phases(images: Tensor, pad: Sizes) -> Tensor:
+        sides = [size + 2 * p for size, p in zip(images.shape[2:], pad, strict=True)]
+        (down, more_down), (right, more_right) = (
+            (p, p + -side % d) for side, p, d in zip(sides, pad, dilation, strict=True)
         )
-        return None if of_x is None else of_x.to(x.dtype), of_weight, None, None, None, None
+        images = F.pad(images, (right, more_right, down, more_down)).permute(0, 2, 3, 1)
+        apart = images.unflatten(2, (-1, dilation[1])).unflatten(1, (-1, dilation[0]))  # (B, h, d, w, d, C)
+        return apart.permute(2, 4, 0, 1, 3, 5).flatten(0, 2).permute(0, 3, 1, 2)
+
+    return phases(gradient, (0, 0)), phases(x, padding)
+
+
+def _by_parts(gradient: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes) -> Tensor:
+    """The gradient of a kernel above 3 x 3 as several of 3 x 3, which share rows and columns.
+
+    Each of them reads the same padded pictures, from a place that is some rows and columns further: there is one copy,
+    with room after its end. What is read across the end of a row, or of a picture, meets a gradient of 0.
+    """
+    (n_images, channels, height, width), (pad_h, pad_w) = x.shape, padding
+    tall, wide = height + 2 * pad_h, width + 2 * pad_w
+    offsets = range(0, weight.shape[2] - 2, 2)
+    size = n_images * tall * wide * channels
+    room = x.new_zeros(size + offsets[-1] * (wide + 1) * channels)
+    padded = room[:size].view(n_images, tall, wide, channels)
+    padded[:, pad_h : pad_h + height, pad_w : pad_w + width] = x.permute(0, 2, 3, 1)
+    strides = (tall * wide * channels, 1, wide * channels, channels)
+    h, w = ((side - 3) // step + 1 for side, step in zip((tall, wide), stride, strict=True))
+    gradient = F.pad(gradient, (0, w - gradient.shape[3], 0, h - gradient.shape[2]))  # (B, C, h, w)
+    small = weight.new_zeros(channels, 1, 3, 3, dtype=x.dtype)
+    settings = (stride, (0, 0), (1, 1), channels)
+    of_weight = torch.empty_like(weight)
+    for i in offsets:
+        for j in offsets:
+            part = room.as_strided((n_images, channels, tall, wide), strides, (i * wide + j) * channels)
+            of_part = _gradients(gradient, part, small, *settings, wanted=1)
+            of_weight[:, :, i : i + 3, j : j + 3] = of_part
+    return of_weight
+
+
+def _gradients(
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    stride: Sizes,
+    padding: Sizes,
+    dilation: Sizes,
+    groups: int,
+    *,
+    wanted: int,
+) -> Tensor:
+    """torch's gradient of a convolution's input, 0, or of its weight, 1."""
+    mask = [wanted == 0, wanted == 1, False]
+    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
+        gradient, x, weight, None, stride, padding, dilation, False, [0, 0], groups, mask
+    )
+    return found[wanted]

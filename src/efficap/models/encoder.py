@@ -20,7 +20,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.errors import InputError
 from efficap.hub import hub_files
-from efficap.models.depthwise import use_float32_gradients
+from efficap.models.depthwise import use_fast_gradients
+from efficap.models.squeeze_excite import keep_layout
 
 MIN_IMAGE_SIZE = 32  # one position of a stride-32 feature map
 OUTPUT_STRIDES = (32, 16, 8)
@@ -126,7 +127,8 @@ class ImageEncoder(nn.Module):
             drop_path_rate=drop_path_rate,
             output_stride=output_stride,
         )
-        use_float32_gradients(self.backbone)
+        use_fast_gradients(self.backbone)
+        keep_layout(self.backbone)
         self.backbone.to(memory_format=torch.channels_last)
         self.frozen = False
         self.freeze(frozen)

@@ -47,11 +47,35 @@ def drop_tokens(tokens: Tensor, share: float, vocab_size: int) -> Tensor:
     return torch.where(dropped, torch.randint_like(tokens, vocab_size), tokens)
 
 
-def hide_words(tokens: Tensor, share: float) -> Tensor:
-    """(B, K, T) tokens in which a share of the captions is nothing but BOS: the picture alone has to tell each word.
+def choose_hidden(tokens: Tensor, share: float) -> Tensor:
+    """(B, K) bool, a share of the captions of (B, K, T) tokens: the picture alone has to tell each of their words.
 
     Parallel prediction (Tschannen et al., 2023, https://arxiv.org/abs/2306.07915), by which an encoder learns more than
     from words that those before them give away; the mask stays causal.
     """
-    hidden = torch.rand(tokens.shape[:2], device=tokens.device) < share  # (B, K)
-    return torch.where(hidden[..., None], tokens[..., :1], tokens)
+    return torch.rand(tokens.shape[:2], device=tokens.device) < share
+
+
+def hide_words(tokens: Tensor, is_hidden: Tensor) -> Tensor:
+    """(B, K, T) tokens in which (B, K) hidden captions are nothing but BOS."""
+    return torch.where(is_hidden[..., None], tokens[..., :1], tokens)
+
+
+def told_once(places: Tensor, is_hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """What a decoder has to read of captions of which those hidden are, for a picture, the same.
+
+    Args:
+        places: (n,) int64, of the flattened (B, K, T) captions.
+        is_hidden: (B, K) bool.
+        length: T.
+
+    Returns:
+        (m,) int64, ascending, the places that remain once a picture's hidden captions are all its first one, as long as
+        the longest of them; and (n,) int64, which of these stands for each of `places`.
+    """
+    count = is_hidden.shape[1]
+    first = is_hidden.int().argmax(dim=1, keepdim=True)  # (B, 1)
+    rows = torch.where(is_hidden, first, torch.arange(count, device=places.device))  # (B, K)
+    rows += count * torch.arange(len(rows), device=places.device)[:, None]
+    moved = rows.flatten()[places // length] * length + places % length
+    return torch.unique(moved, return_inverse=True)

@@ -18,7 +18,7 @@ from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
 from efficap.models.linear import linear
 from efficap.ranks import summed, world_size
-from efficap.training.augment import drop_tokens, hide_words
+from efficap.training.augment import choose_hidden, drop_tokens, hide_words, told_once
 
 LOGITS_AT_ONCE = 2**27  # bytes, of those that are held
 FLOATS_AT_ONCE = {"cpu": 2**20}  # elements of them in float32: a core's cache has them for the next pass
@@ -43,9 +43,17 @@ def batch_loss(
     read = batch.tokens[..., :-1]  # (B, K, T - 1)
     if token_dropout:
         read = drop_tokens(read, token_dropout, captioner.decoder.wte.num_embeddings)
+    places, standing = batch.places, None
     if hidden_captions:
-        read = hide_words(read, hidden_captions)
-    return memory_loss(captioner, memory, read, batch.places, batch.targets, label_smoothing=label_smoothing)
+        is_hidden = choose_hidden(read, hidden_captions)  # (B, K)
+        read = hide_words(read, is_hidden)
+        if (
+            read.is_cpu
+        ):  # how many there are is not known to who starts a GPU's work, and would have to be waited for
+            places, standing = told_once(places, is_hidden, read.shape[2])
+    return memory_loss(
+        captioner, memory, read, places, batch.targets, label_smoothing=label_smoothing, standing=standing
+    )
 
 
 def memory_loss(
@@ -56,16 +64,20 @@ def memory_loss(
     targets: Tensor,
     *,
     label_smoothing: float,
+    standing: Tensor | None = None,
 ) -> Tensor:
     """`caption_loss` of captions that are read with a memory, be it of their pictures or not.
 
     Args:
         memory: (B, N, D).
         read: (B, K, T) int64, the captions.
-        places: (n,) int64, of the flattened `read`, those that have a next token.
+        places: (n,) int64, ascending, of the flattened `read`, those that have a next token.
         targets: (n,) int64, these next tokens.
+        standing: (n,) int64, which of `places`, that may be fewer then, stands for each target; None: each its own.
     """
     hidden = captioner.hidden_states(memory, read, places)  # (n, D)
+    if standing is not None:
+        hidden = hidden.index_select(0, standing)
     return caption_loss(hidden, captioner.decoder.wte.weight, targets, label_smoothing=label_smoothing)
 
 
