@@ -54,7 +54,7 @@ def use_fast_gradients(backbone: nn.Module) -> None:
     """Put a `DepthwiseConv2d` in the place of each depthwise convolution; weights and their names stay."""
     for parent in list(backbone.modules()):
         for name, conv in parent.named_children():
-            if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels > 1:
+            if isinstance(conv, nn.Conv2d) and conv.groups == conv.in_channels == conv.out_channels > 1:
                 setattr(parent, name, DepthwiseConv2d(conv))
 
 
