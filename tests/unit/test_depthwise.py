@@ -21,7 +21,12 @@ def gradients(conv: nn.Module, x: Tensor, gradient: Tensor) -> tuple[Tensor, ...
     return y.float(), of_x.float(), of_weight.float()
 
 
-def assert_close(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
+def assert_gradients_agree(exact: nn.Conv2d, x: Tensor, gradient: Tensor) -> None:
+    """Under bfloat16 with `x` in channels_last, against `exact` in float32."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    expected = gradients(exact, x, gradient)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = gradients(DepthwiseConv2d(exact), x, gradient)
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape
         assert (one - other).norm() < 0.01 * other.norm()
@@ -50,33 +55,21 @@ def test_gradients_in_bfloat16_are_those_of_float32_but_for_rounding(
 ) -> None:
     settings = {"stride": stride, "padding": padding, "dilation": dilation}
     exact = nn.Conv2d(8, 8, kernel_size, groups=8, bias=False, **settings)
-    x = torch.randn(4, 8, 11, 12).contiguous(memory_format=torch.channels_last)
-    gradient = torch.randn_like(exact(x))
-    expected = gradients(exact, x, gradient)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(DepthwiseConv2d(exact), x, gradient)
-    assert_close(found, expected)
+    x = torch.randn(4, 8, 11, 12)
+    assert_gradients_agree(exact, x, torch.randn_like(exact(x), memory_format=torch.channels_last))
 
 
 @pytest.mark.parametrize(("kernel_size", "stride"), [(3, 1), (3, 2), (5, 2)])
 def test_gradients_with_padding_as_tensorflow_has_it_likewise(kernel_size: int, stride: int) -> None:
     exact = Conv2dSame(8, 8, kernel_size, stride, groups=8, bias=False)
-    x = torch.randn(4, 8, 11, 11).contiguous(memory_format=torch.channels_last)
-    gradient = torch.randn_like(exact(x))
-    expected = gradients(exact, x, gradient)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(DepthwiseConv2d(exact), x, gradient)
-    assert_close(found, expected)
+    x = torch.randn(4, 8, 11, 11)
+    assert_gradients_agree(exact, x, torch.randn_like(exact(x), memory_format=torch.channels_last))
 
 
 def test_a_gradient_in_another_layout_gives_the_same() -> None:
     exact = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
-    x = torch.randn(4, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     gradient = torch.randn(4, 8, 6, 6)  # as what torch makes of a mean over positions
-    expected = gradients(exact, x, gradient)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = gradients(DepthwiseConv2d(exact), x, gradient)
-    assert_close(found, expected)
+    assert_gradients_agree(exact, torch.randn(4, 8, 6, 6), gradient)
 
 
 @pytest.mark.parametrize("name", ["efficientnet_b0", "tf_efficientnetv2_b0"])

@@ -47,9 +47,7 @@ def batch_loss(
     if hidden_captions:
         is_hidden = choose_hidden(read, hidden_captions)  # (B, K)
         read = hide_words(read, is_hidden)
-        if (
-            read.is_cpu
-        ):  # how many there are is not known to who starts a GPU's work, and would have to be waited for
+        if read.is_cpu:  # a GPU would have to be waited for, which alone knows how many places are left
             places, standing = told_once(places, is_hidden, read.shape[2])
     return memory_loss(
         captioner, memory, read, places, batch.targets, label_smoothing=label_smoothing, standing=standing
