@@ -14,8 +14,8 @@ from efficap.training.augment import (
     drop_tokens,
     growing_size,
     hide_words,
+    read_once,
     resized,
-    told_once,
 )
 from efficap.training.losses import batch_loss, memory_loss
 from efficap.training.module import CaptionModule
@@ -65,7 +65,10 @@ def test_a_share_of_the_captions_is_hidden_as_a_whole() -> None:
     assert not choose_hidden(tokens, 0.0).any()
 
 
-def test_hidden_captions_of_a_picture_are_read_once_with_the_loss_and_the_gradients_of_each() -> None:
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_hidden_captions_of_a_picture_are_read_once_with_the_loss_and_the_gradients_of_each(
+    smoothing: float,
+) -> None:
     torch.manual_seed(0)
     captioner = build_model(tiny_model(), 97)
     images = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8)
@@ -75,13 +78,14 @@ def test_hidden_captions_of_a_picture_are_read_once_with_the_loss_and_the_gradie
     batch = CaptionBatch(images, tokens, lengths, list("abcd"))
     is_hidden = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
     read = hide_words(batch.tokens[..., :-1], is_hidden)
-    places, standing = told_once(batch.places, is_hidden, read.shape[2])
+    fewer = read_once(read, batch.places, batch.targets, is_hidden)
     # 5 of the longer of two hidden ones and 8 of one that is read; 8; all; 7 and 7.
-    assert len(places) == (5 + 8) + 8 + (2 + 3 + 6) + (7 + 7)
+    assert len(fewer[1]) == (5 + 8) + 8 + (2 + 3 + 6) + (7 + 7)
+    assert fewer[0].shape[1] == 3
     found = []
-    for at, which in ((batch.places, None), (places, standing)):
+    for captions in ((read, batch.places, batch.targets), fewer):
         memory = captioner.encode(images)
-        loss = memory_loss(captioner, memory, read, at, batch.targets, label_smoothing=0.0, standing=which)
+        loss = memory_loss(captioner, memory, *captions, label_smoothing=smoothing)
         found.append((loss, *torch.autograd.grad(loss, list(captioner.parameters()))))
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)

@@ -48,12 +48,16 @@ def drop_tokens(tokens: Tensor, share: float, vocab_size: int) -> Tensor:
 
 
 def choose_hidden(tokens: Tensor, share: float) -> Tensor:
-    """(B, K) bool, a share of the captions of (B, K, T) tokens: the picture alone has to tell each of their words.
+    """(B, K) bool, a share of each picture's captions, (B, K, T): the picture alone has to tell each of their words.
 
     Parallel prediction (Tschannen et al., 2023, https://arxiv.org/abs/2306.07915), by which an encoder learns more than
     from words that those before them give away; the mask stays causal.
     """
-    return torch.rand(tokens.shape[:2], device=tokens.device) < share
+    images, count = tokens.shape[:2]
+    hidden = (
+        share * count + torch.rand(images, 1, device=tokens.device)
+    ).floor()  # (B, 1), the share in the mean
+    return torch.rand(images, count, device=tokens.device).argsort(dim=1) < hidden
 
 
 def hide_words(tokens: Tensor, is_hidden: Tensor) -> Tensor:
@@ -61,21 +65,33 @@ def hide_words(tokens: Tensor, is_hidden: Tensor) -> Tensor:
     return torch.where(is_hidden[..., None], tokens[..., :1], tokens)
 
 
-def told_once(places: Tensor, is_hidden: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """What a decoder has to read of captions of which those hidden are, for a picture, the same.
+def read_once(
+    read: Tensor, places: Tensor, targets: Tensor, is_hidden: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What a decoder has to read where a picture's hidden captions, which are all the same, are one.
 
     Args:
-        places: (n,) int64, of the flattened (B, K, T) captions.
+        read: (B, K, T) int64, captions of which those hidden are nothing but BOS.
+        places: (n,) int64, of the flattened `read`.
+        targets: (n,) int64, the token after each of `places`.
         is_hidden: (B, K) bool.
-        length: T.
 
     Returns:
-        (m,) int64, ascending, the places that remain once a picture's hidden captions are all its first one, as long as
-        the longest of them; and (n,) int64, which of these stands for each of `places`.
+        (B, k, T) int64, the hidden one of each picture and then those that are read; (m,) int64, ascending, the places
+        of theirs that have a next token; and (m, K) int64, the tokens that come after each, -1 for none.
     """
-    count = is_hidden.shape[1]
-    first = is_hidden.int().argmax(dim=1, keepdim=True)  # (B, 1)
-    rows = torch.where(is_hidden, first, torch.arange(count, device=places.device))  # (B, K)
-    rows += count * torch.arange(len(rows), device=places.device)[:, None]
-    moved = rows.flatten()[places // length] * length + places % length
-    return torch.unique(moved, return_inverse=True)
+    length = read.shape[2]
+    any_hidden = is_hidden.any(dim=1, keepdim=True)  # (B, 1)
+    row = torch.where(is_hidden, 0, any_hidden + (~is_hidden).cumsum(dim=1) - 1)  # (B, K), among the k
+    fewer = read.new_zeros(len(read), int(row.max()) + 1, length)
+    fewer.scatter_(1, row[..., None].expand_as(read), read)
+    row += fewer.shape[1] * torch.arange(len(row), device=row.device)[:, None]
+    moved = row.flatten()[places // length] * length + places % length
+    moved, order = moved.sort()
+    places, counts = moved.unique_consecutive(return_counts=True)
+    nth = torch.arange(len(moved), device=moved.device) - (counts.cumsum(0) - counts).repeat_interleave(
+        counts
+    )
+    several = targets.new_full((len(places), is_hidden.shape[1]), -1)
+    several[torch.arange(len(places), device=places.device).repeat_interleave(counts), nth] = targets[order]
+    return fewer, places, several

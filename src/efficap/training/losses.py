@@ -1,7 +1,7 @@
 """The loss of captions.
 
 B images, K captions of each, N positions of the memory, D width, V vocabulary, n valid targets of the batch, c of them
-whose logits are held at a time, r of these in float32.
+whose logits are held at a time, r of these in float32; J targets of each, 1 but where captions share a hidden state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
 from efficap.models.linear import linear
 from efficap.ranks import summed, world_size
-from efficap.training.augment import choose_hidden, drop_tokens, hide_words, told_once
+from efficap.training.augment import choose_hidden, drop_tokens, hide_words, read_once
 
 LOGITS_AT_ONCE = 2**27  # bytes, of those that are held
 FLOATS_AT_ONCE = {"cpu": 2**20}  # elements of them in float32: a core's cache has them for the next pass
@@ -40,18 +40,15 @@ def batch_loss(
         hidden_captions: 0 … 1, share of the captions of which no word is read.
     """
     memory = captioner.encode(batch.images)  # (B, N, D)
-    read = batch.tokens[..., :-1]  # (B, K, T - 1)
+    read, places, targets = batch.tokens[..., :-1], batch.places, batch.targets  # (B, K, T - 1), (n,) each
     if token_dropout:
         read = drop_tokens(read, token_dropout, captioner.decoder.wte.num_embeddings)
-    places, standing = batch.places, None
     if hidden_captions:
         is_hidden = choose_hidden(read, hidden_captions)  # (B, K)
         read = hide_words(read, is_hidden)
         if read.is_cpu:  # a GPU would have to be waited for, which alone knows how many places are left
-            places, standing = told_once(places, is_hidden, read.shape[2])
-    return memory_loss(
-        captioner, memory, read, places, batch.targets, label_smoothing=label_smoothing, standing=standing
-    )
+            read, places, targets = read_once(read, places, targets, is_hidden)
+    return memory_loss(captioner, memory, read, places, targets, label_smoothing=label_smoothing)
 
 
 def memory_loss(
@@ -62,7 +59,6 @@ def memory_loss(
     targets: Tensor,
     *,
     label_smoothing: float,
-    standing: Tensor | None = None,
 ) -> Tensor:
     """`caption_loss` of captions that are read with a memory, be it of their pictures or not.
 
@@ -70,12 +66,9 @@ def memory_loss(
         memory: (B, N, D).
         read: (B, K, T) int64, the captions.
         places: (n,) int64, ascending, of the flattened `read`, those that have a next token.
-        targets: (n,) int64, these next tokens.
-        standing: (n,) int64, which of `places`, that may be fewer then, stands for each target; None: each its own.
+        targets: (n,) or (n, J) int64, what follows them, as of `caption_loss`.
     """
     hidden = captioner.hidden_states(memory, read, places)  # (n, D)
-    if standing is not None:
-        hidden = hidden.index_select(0, standing)
     return caption_loss(hidden, captioner.decoder.wte.weight, targets, label_smoothing=label_smoothing)
 
 
@@ -85,7 +78,8 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
     Args:
         hidden: (n, D), what the decoder made of the tokens before.
         head: (V, D), the output layer's weight.
-        targets: (n,) int64.
+        targets: (n,) int64; or (n, J), the next token of each of up to J captions that share a hidden state, -1 for
+            none.
         label_smoothing: 0 … 1, share of the target spread over the vocabulary (Szegedy et al., 2016).
 
     Returns:
@@ -97,9 +91,14 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
         not torch.is_grad_enabled()
     ):  # a Function is not told, and would make gradients of what could have them
         hidden, head = hidden.detach(), head.detach()
+    count: int | Tensor = max(1, len(targets))
+    if targets.ndim == 1:
+        targets = targets[:, None]
+    else:
+        count = (targets >= 0).sum().clamp_min(1)
     with torch.autocast(device, enabled=False):
         total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, label_smoothing)
-    return total / max(1, len(targets))
+    return total / count
 
 
 def shared_loss(mean: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -156,19 +155,23 @@ class _SummedCrossEntropy(Function):
 
 
 def _summed(z: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
-    """The loss of (c, V) logits, summed; with `needs_gradient` its slope by each is put in their place."""
+    """The loss of (c, V) logits and (c, J) targets, summed; with `needs_gradient` the logits become its slopes."""
     total = torch.zeros((), device=z.device)
     rows = max(1, FLOATS_AT_ONCE.get(z.device.type, 2**25) // z.shape[1])
     for part, t in zip(z.split(rows), targets.split(rows), strict=True):
         x = part.float()  # (r, V)
+        told = (t >= 0).to(x.dtype)  # (r, J), 0 for a token that is none
+        count, t = told.sum(dim=1, keepdim=True), t.clamp_min(0)  # (r, 1), (r, J)
         log_sums = x.logsumexp(dim=1, keepdim=True)  # (r, 1)
-        total += (log_sums - (1 - smoothing) * x.gather(1, t[:, None])).sum()
+        total += (count * log_sums - (1 - smoothing) * (told * x.gather(1, t)).sum(dim=1, keepdim=True)).sum()
         if smoothing:
-            total -= smoothing * x.mean(dim=1).sum()
+            total -= smoothing * (count * x.mean(dim=1, keepdim=True)).sum()
         if needs_gradient:
             x.sub_(log_sums).exp_()
             if smoothing:
                 x.sub_(smoothing / x.shape[1])
-            x.scatter_add_(1, t[:, None], x.new_full((len(t), 1), smoothing - 1))
+            if t.shape[1] > 1:
+                x.mul_(count)
+            x.scatter_add_(1, t, (smoothing - 1) * told)
             part.copy_(x)
     return total
