@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_model
-from toys import GREEDY
+from toys import BEAM, GREEDY
 
 from efficap.batch import CaptionBatch
 from efficap.data.dataset import collate_captions
@@ -20,10 +20,17 @@ from efficap.models.captioner import CaptionModel
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import batch_loss
 from efficap.training.objective import build_module, check_objective
-from efficap.training.self_critical import SelfCriticalModule, above_the_others, caption_reward
+from efficap.training.reward import above_the_others, caption_reward
+from efficap.training.self_critical import SelfCriticalModule
 
 CAPTIONS = [["1 2 3", "1 2 4 5"], ["6 2 3", "6 6 2 1 4 4 3"], ["5 4"]]
-SCST = {"samples": 3, "baseline": "leave_one_out", "temperature": 1.0, "lr_scale": 0.1}
+SCST = {
+    "samples": 3,
+    "sampling": "random",
+    "baseline": "leave_one_out",
+    "temperature": 1.0,
+    "lr_scale": 0.1,
+}
 
 
 class Digits:
@@ -92,15 +99,16 @@ def samples_of(module: SelfCriticalModule, batch: CaptionBatch) -> Any:
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
-@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize(("sampling", "temperature"), [("random", 1.0), ("random", 0.7), ("beam", 1.0)])
 def test_the_gradient_is_reinforces(
     captioner: CaptionModel,
     tokenizer: CaptionTokenizer,
     batch: CaptionBatch,
     baseline: str,
+    sampling: str,
     temperature: float,
 ) -> None:
-    module = build(captioner, tokenizer, baseline=baseline, temperature=temperature)
+    module = build(captioner, tokenizer, baseline=baseline, sampling=sampling, temperature=temperature)
     module.training_step(batch, 0).backward()
     got = {name: p.grad.clone() for name, p in captioner.named_parameters() if p.grad is not None}
     captioner.zero_grad()
@@ -170,6 +178,18 @@ def test_samples_are_decided_by_seed_step_and_picture(
     assert not torch.equal(first, samples_of(build(captioner, tokenizer, seed=1), batch)[0].tokens)
     monkeypatch.setattr(SelfCriticalModule, "global_step", 1)
     assert not torch.equal(first, samples_of(build(captioner, tokenizer), batch)[0].tokens)
+
+
+def test_beams_write_the_captions_that_beam_search_returns(
+    captioner: CaptionModel, tokenizer: CaptionTokenizer, batch: CaptionBatch
+) -> None:
+    sampled, _ = samples_of(build(captioner, tokenizer, sampling="beam"), batch)
+    beam = build_decoding({**BEAM, "max_tokens": 12, "num_beams": 3, "num_return_sequences": 3})
+    with torch.no_grad():
+        step = captioner.start(batch.images, 12)
+        expected = beam.decode(step, batch.image_ids, bos_id=0, eos_id=0, device="cpu")
+    assert torch.equal(sampled.tokens, expected.tokens)
+    assert len({tuple(ids) for ids in sampled.tokens[0].tolist()}) == 3
 
 
 def test_words_are_drawn_by_their_probability(captioner: CaptionModel, tokenizer: CaptionTokenizer) -> None:
@@ -256,6 +276,11 @@ def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTo
         ({"samples": 0, "baseline": "greedy"}, r"training.samples=0 must be a whole number of at least 1"),
         ({"samples": 2.5}, r"training.samples=2.5 must be a whole number"),
         ({"baseline": "mean"}, r"training.baseline=mean must be one of leave_one_out, greedy"),
+        ({"sampling": "nucleus"}, r"training.sampling=nucleus must be one of beam, random"),
+        (
+            {"sampling": "beam", "temperature": 0.5},
+            r"training.temperature=0.5 changes no beam; use 1, or training.sampling=random",
+        ),
         ({"temperature": 0}, r"training.temperature=0 must be from 0.01 to 100"),
         ({"lr_scale": 0}, r"training.lr_scale=0 must be above 0; 1 keeps optimizer.lr"),
         ({"cross_entropy": -1}, r"training.cross_entropy=-1 must be at least 0; 0: the reward alone"),

@@ -119,6 +119,7 @@ _TRAINING: Form = {
     "unfreeze_encoder_at": optional(or_null(number())),
     "ema_decay": optional(or_null(number())),
     "samples": optional(whole()),
+    "sampling": optional(TEXT),
     "baseline": optional(TEXT),
     "temperature": optional(number()),
     "lr_scale": optional(number()),

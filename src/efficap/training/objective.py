@@ -14,7 +14,8 @@ from efficap.training import module, self_critical
 from efficap.training.bad_steps import check_limit
 from efficap.training.ema import check_decay
 from efficap.training.module import CaptionModule
-from efficap.training.self_critical import SelfCriticalModule, caption_reward
+from efficap.training.reward import caption_reward
+from efficap.training.self_critical import SelfCriticalModule
 
 _OPTIONS = {
     "cross_entropy": (
@@ -24,10 +25,15 @@ _OPTIONS = {
         "start_size",
         "unfreeze_encoder_at",
     ),
-    "scst": ("samples", "baseline", "temperature", "lr_scale", "cross_entropy"),
+    "scst": ("samples", "sampling", "baseline", "temperature", "lr_scale", "cross_entropy"),
 }
 _OF_ALL = ("objective", "ema_decay", "max_bad_steps")
-_LATER = ("max_bad_steps", "hidden_captions", "cross_entropy")  # runs of earlier versions lack them
+_LATER = (
+    "max_bad_steps",
+    "hidden_captions",
+    "cross_entropy",
+    "sampling",
+)  # runs of earlier versions lack them
 _CHECKS: dict[str, Callable[..., None]] = {
     "cross_entropy": module.check_settings,
     "scst": self_critical.check_settings,

@@ -5,8 +5,7 @@ B images, K references and n samples of each, T tokens of the longest sample, D 
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from efficap.batch import CaptionBatch
-from efficap.decoding import Decoded, Decoding, Greedy, Nucleus
+from efficap.decoding import Beam, Decoded, Decoding, Greedy, Nucleus
 from efficap.errors import InputError
 from efficap.evaluation.cider_d import CiderD
 from efficap.models.captioner import CaptionModel, DecodingState
@@ -25,7 +24,9 @@ from efficap.models.linear import linear
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.losses import memory_loss, shared_loss
 from efficap.training.module import CaptionModule
+from efficap.training.reward import above_the_others, words_of
 
+SAMPLINGS = ("beam", "random")
 BASELINES = ("leave_one_out", "greedy")
 _NO_RULES: dict[str, Any] = {
     "min_tokens": 0,
@@ -34,7 +35,6 @@ _NO_RULES: dict[str, Any] = {
     "banned": [],
     "prefix": "",
 }
-_ENCODED_AT_ONCE = 10_000  # captions
 
 
 class SelfCriticalModule(CaptionModule):
@@ -45,6 +45,10 @@ class SelfCriticalModule(CaptionModule):
     or, without another decoding, the mean reward of the picture's other samples (Luo 2020,
     https://arxiv.org/abs/2003.09971, after Kool et al. 2019).
 
+    By ``beam`` the samples are the likeliest captions that beam search finds (Cornia et al. 2020,
+    https://arxiv.org/abs/1912.08226), which are then told apart: what beams write is what is learned of, and
+    captions stay more varied. By ``random`` they are drawn, and the gradient is that of the expected reward.
+
     The captioner stays in evaluation mode. The samples and their log-probabilities must come from the same
     distribution, which dropout would draw anew for each; and with a batch's own BatchNorm statistics it would be
     another one than that which captions are later written from.
@@ -54,6 +58,7 @@ class SelfCriticalModule(CaptionModule):
             its other rules are left to it, for a rule would change the samples' distribution but not the model's.
         reward: scores samples, without BOS, with EOS where they have it, against the captions of the batch.
         samples: n.
+        sampling: ``beam``, with n beams, or ``random``.
         baseline: ``leave_one_out`` or ``greedy``.
         temperature: of the samples, and of the distribution that is trained.
         lr_scale: of the optimiser's learning rates, which are those of training from scratch.
@@ -74,6 +79,7 @@ class SelfCriticalModule(CaptionModule):
         optimizer: Mapping[str, Any],
         reward: CiderD,
         samples: int,
+        sampling: str = "random",
         baseline: str,
         temperature: float,
         lr_scale: float,
@@ -82,6 +88,7 @@ class SelfCriticalModule(CaptionModule):
     ) -> None:
         check_settings(
             samples=samples,
+            sampling=sampling,
             baseline=baseline,
             temperature=temperature,
             lr_scale=lr_scale,
@@ -95,16 +102,30 @@ class SelfCriticalModule(CaptionModule):
         self.reward, self.baseline, self.seed = reward, baseline, seed
         self.cross_entropy = cross_entropy
         self.greedy = Greedy(max_tokens=decoding.max_tokens, **_NO_RULES)
-        self.sampling = Nucleus(
-            max_tokens=decoding.max_tokens,
-            temperature=temperature,
-            top_k=None,
-            top_p=1.0,
-            min_p=0.0,
-            num_return_sequences=samples,
-            seed=seed,
-            **_NO_RULES,
-        )
+        self.temperature = temperature
+        self.sampling: Beam | Nucleus
+        if sampling == "beam":
+            self.sampling = Beam(
+                max_tokens=decoding.max_tokens,
+                num_beams=samples,
+                num_return_sequences=samples,
+                length_penalty=1.0,  # the likeliest word by word, as conf/decoding/beam.yaml has it
+                early_stopping=False,
+                num_beam_groups=1,
+                diversity_penalty=0.0,
+                **_NO_RULES,
+            )
+        else:
+            self.sampling = Nucleus(
+                max_tokens=decoding.max_tokens,
+                temperature=temperature,
+                top_k=None,
+                top_p=1.0,
+                min_p=0.0,
+                num_return_sequences=samples,
+                seed=seed,
+                **_NO_RULES,
+            )
 
     def train(self, mode: bool = True) -> SelfCriticalModule:
         """Like any module's, but the captioner stays in evaluation mode."""
@@ -121,7 +142,7 @@ class SelfCriticalModule(CaptionModule):
             rewards = thread.submit(self._rewards, batch, sampled, baseline)
             tokens = sampled.tokens[..., :-1]
             lengths = sampled.lengths.cpu()  # sampling has waited for them already
-            places = self._to_device(places_before_words(lengths))  # (m,)
+            places = self._to_device(places_beforewords_of(lengths))  # (m,)
             hidden = self.captioner.hidden_states(memory, tokens, places)  # (m, D)
             reward, advantage = self._to_device(rewards.result())  # (B, n) each
         loss = self_critical_loss(
@@ -129,7 +150,7 @@ class SelfCriticalModule(CaptionModule):
             self.captioner.decoder.wte.weight,
             sampled.tokens[..., 1:].flatten()[places],
             advantage[..., None].expand(tokens.shape).flatten()[places],
-            temperature=self.sampling.temperature,
+            temperature=self.temperature,
         )
         self.log("train/reward", reward.mean(), prog_bar=True, batch_size=len(batch), sync_dist=True)
         self.log("train/length", sampled.lengths.float().mean(), batch_size=len(batch), sync_dist=True)
@@ -145,8 +166,10 @@ class SelfCriticalModule(CaptionModule):
 
     def _written(self, memory: Tensor, image_ids: list[str]) -> tuple[Decoded, Decoded | None]:
         """The samples, and the greedy captions where they are the baseline."""
-        seed = (self.seed << 32) + self.global_step
-        sampled = self._decode(replace(self.sampling, seed=seed), memory, image_ids)
+        sampling = self.sampling
+        if isinstance(sampling, Nucleus):
+            sampling = replace(sampling, seed=(self.seed << 32) + self.global_step)
+        sampled = self._decode(sampling, memory, image_ids)
         return sampled, self._decode(self.greedy, memory, image_ids) if self.baseline == "greedy" else None
 
     @torch.no_grad()
@@ -162,12 +185,12 @@ class SelfCriticalModule(CaptionModule):
 
     def _rewards(self, batch: CaptionBatch, sampled: Decoded, greedy: Decoded | None) -> Tensor:
         """(2, B, n) rewards of the samples, and how far they lie above the baseline."""
-        candidates = _words(sampled.tokens, sampled.lengths)
+        candidates = words_of(sampled.tokens, sampled.lengths)
         if greedy is not None:
-            baselines = _words(greedy.tokens, greedy.lengths)
+            baselines = words_of(greedy.tokens, greedy.lengths)
             candidates = [[*ours, *theirs] for ours, theirs in zip(candidates, baselines, strict=True)]
         rewards = self.reward(
-            candidates, _words(batch.tokens, batch.lengths)
+            candidates, words_of(batch.tokens, batch.lengths)
         )  # (B, n), with the greedy one's
         if greedy is None:
             advantages = above_the_others(rewards)
@@ -183,9 +206,17 @@ class SelfCriticalModule(CaptionModule):
 
 
 def check_settings(
-    *, samples: int, baseline: str, temperature: float, lr_scale: float, cross_entropy: float = 0.0
+    *,
+    samples: int,
+    sampling: str = "random",
+    baseline: str,
+    temperature: float,
+    lr_scale: float,
+    cross_entropy: float = 0.0,
 ) -> None:
     """Raises InputError where a setting of `SelfCriticalModule` is out of its range."""
+    if sampling not in SAMPLINGS:
+        raise InputError(f"training.sampling={sampling} must be one of {', '.join(SAMPLINGS)}")
     if baseline not in BASELINES:
         raise InputError(f"training.baseline={baseline} must be one of {', '.join(BASELINES)}")
     least = 2 if baseline == "leave_one_out" else 1
@@ -196,38 +227,17 @@ def check_settings(
         raise InputError(
             f"training.temperature={temperature} must be from 0.01 to 100; 1 trains the model's own distribution"
         )
+    if sampling == "beam" and temperature != 1:
+        raise InputError(
+            f"training.temperature={temperature} changes no beam; use 1, or training.sampling=random"
+        )
     if lr_scale <= 0:
         raise InputError(f"training.lr_scale={lr_scale} must be above 0; 1 keeps optimizer.lr")
     if cross_entropy < 0:
         raise InputError(f"training.cross_entropy={cross_entropy} must be at least 0; 0: the reward alone")
 
 
-def caption_reward(captions: Iterable[str], tokenizer: CaptionTokenizer, max_tokens: int) -> CiderD:
-    """CIDEr-D in the tokenizer's ids, EOS counted, each caption a document of its frequencies.
-
-    A caption, and not a picture's captions together: so it is the same for every kind of data.
-
-    Args:
-        captions: of the training split.
-        max_tokens: longer ones are cut, as in training.
-    """
-
-    def documents() -> Iterator[list[list[int]]]:
-        rest = iter(captions)
-        while part := list(itertools.islice(rest, _ENCODED_AT_ONCE)):
-            for ids in tokenizer.encode(part, max_tokens)[0]:
-                yield [ids[1:]]
-
-    return CiderD(documents())
-
-
-def above_the_others(rewards: np.ndarray[Any, np.dtype[np.float64]]) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """(B, n) rewards less the mean reward of the same picture's other n - 1 samples."""
-    n = rewards.shape[1]
-    return (rewards - rewards.mean(axis=1, keepdims=True)) * (n / (n - 1))
-
-
-def places_before_words(lengths: Tensor) -> Tensor:
+def places_beforewords_of(lengths: Tensor) -> Tensor:
     """(m,) places, among B * n * (T - 1) positions, of the tokens that another valid one follows.
 
     Args:
@@ -251,11 +261,3 @@ def self_critical_loss(
     """
     logits = linear(hidden, head).float() / temperature  # (m, V)
     return (advantages * F.cross_entropy(logits, targets, reduction="none")).mean()
-
-
-def _words(tokens: Tensor, lengths: Tensor) -> list[list[list[int]]]:
-    """The ids of each caption of each picture, BOS left out; none for a caption that is not there."""
-    return [
-        [ids[1:length] for ids, length in zip(of_image, of_each, strict=True) if length]
-        for of_image, of_each in zip(tokens.tolist(), lengths.tolist(), strict=True)
-    ]
