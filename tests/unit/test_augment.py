@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import tiny_model
+from toys import GREEDY
 
 from efficap.batch import CaptionBatch
+from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.training.augment import (
@@ -102,6 +106,36 @@ def test_a_model_that_is_told_no_words_learns_from_pictures_and_places_alone() -
     assert torch.allclose(blind, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("setting", "shares"),
+    [(0.5, [0.5, 0.5, 0.5, 0.5]), ([1.0, 0.4], [1.0, 0.7, 0.4, 0.4]), ([0.0, 0.8], [0.0, 0.4, 0.8, 0.8])],
+)
+def test_the_share_of_hidden_captions_changes_evenly_over_the_training(
+    setting: float | list[float], shares: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captioner = build_model(tiny_model(), 97)
+    decoding = build_decoding(GREEDY)
+    module = CaptionModule(
+        captioner, None, decoding, optimizer={}, label_smoothing=0.0, hidden_captions=setting
+    )
+    given: list[float] = []
+    monkeypatch.setattr(
+        "efficap.training.module.batch_loss",
+        lambda *_, hidden_captions, **__: given.append(hidden_captions) or torch.zeros(()),
+    )
+    monkeypatch.setattr(module, "log", lambda *_, **__: None)
+    batch = CaptionBatch(
+        torch.zeros(1, 3, 64, 64, dtype=torch.uint8),
+        torch.ones(1, 1, 3, dtype=torch.int64),
+        torch.tensor([[3]]),
+        ["a"],
+    )
+    for progress in (0.0, 0.5, 1.0, 1.1):  # a clock may be a little over
+        monkeypatch.setattr(module, "progress", lambda _, now=progress: now)
+        module.training_step(batch, 0)
+    assert given == pytest.approx(shares)
+
+
 def test_learning_rates_fade_with_depth_and_not_in_what_starts_fresh() -> None:
     captioner = build_model(tiny_model(decoder__n_layer=3), 97)
     groups = parameter_groups(captioner, lr=LR, weight_decay=0.0, layer_decay=0.5)
@@ -145,11 +179,14 @@ def test_a_sleeping_encoder_keeps_weights_and_statistics_and_then_learns() -> No
     [
         ({"label_smoothing": 1.0}, "training.label_smoothing=1.0 must be at least 0 and below 1"),
         ({"token_dropout": -0.1}, "training.token_dropout=-0.1 must be at least 0 and below 1"),
+        ({"hidden_captions": 1.0}, "training.hidden_captions=1.0 must be at least 0 and below 1; or two"),
+        ({"hidden_captions": [1.0, 1.0]}, r"training.hidden_captions=\[1.0, 1.0\] must be at least 0"),
+        ({"hidden_captions": [0.5, -0.5]}, r"training.hidden_captions=\[0.5, -0.5\] must be at least 0"),
         ({"start_size": 16}, "training.start_size=16 must be at least 32 pixels"),
         ({"unfreeze_encoder_at": 2}, "training.unfreeze_encoder_at=2 must be at least 0 and below 1"),
     ],
 )
-def test_an_option_out_of_its_range_is_named(option: dict[str, float], message: str) -> None:
+def test_an_option_out_of_its_range_is_named(option: dict[str, Any], message: str) -> None:
     settings = {"label_smoothing": 0.1, **option}
     with pytest.raises(InputError, match=message):
         CaptionModule(build_model(tiny_model(), 97), None, None, optimizer={}, **settings)

@@ -114,7 +114,7 @@ _TRAINING: Form = {
     "objective": TEXT,
     "label_smoothing": optional(number()),
     "token_dropout": optional(number()),
-    "hidden_captions": optional(number()),
+    "hidden_captions": optional(either(number(), list_of(number(), "two numbers", 2))),
     "start_size": optional(or_null(whole())),
     "unfreeze_encoder_at": optional(or_null(number())),
     "ema_decay": optional(or_null(number())),

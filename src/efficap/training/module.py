@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -42,8 +42,8 @@ class CaptionModule(pl.LightningModule):
         decoding: how it writes in validation.
         optimizer: keyword arguments of `build_optimizer`, and ``clip_value``, to which each element of a gradient is
             cut.
-        label_smoothing, token_dropout, hidden_captions: of the training loss; the validation loss has none. See
-            `batch_loss`.
+        label_smoothing, token_dropout: of the training loss; the validation loss has none. See `batch_loss`.
+        hidden_captions: likewise; two shares are those at the start and at the end of the training.
         start_size: pixels, from which the pictures grow to their full size; None: they do not. See `growing_size`.
         unfreeze_encoder_at: share of the training, 0 … 1, before which the encoder stays as it is.
 
@@ -60,7 +60,7 @@ class CaptionModule(pl.LightningModule):
         optimizer: Mapping[str, Any],
         label_smoothing: float,
         token_dropout: float = 0.0,
-        hidden_captions: float = 0.0,
+        hidden_captions: float | Sequence[float] = 0.0,
         start_size: int | None = None,
         unfreeze_encoder_at: float | None = None,
     ) -> None:
@@ -79,7 +79,7 @@ class CaptionModule(pl.LightningModule):
         # Runs from before it was a setting lack it.
         self.clip_value = self.optimizer_settings.pop("clip_value", None)
         self.label_smoothing, self.token_dropout = label_smoothing, token_dropout
-        self.hidden_captions = hidden_captions
+        self.hidden_captions = as_range(hidden_captions)
         self.start_size, self.unfreeze_encoder_at = start_size, unfreeze_encoder_at
         self.predictions: dict[str, str] = {}
         self.references: dict[str, list[str]] = {}
@@ -105,11 +105,15 @@ class CaptionModule(pl.LightningModule):
             batch,
             label_smoothing=self.label_smoothing,
             token_dropout=self.token_dropout,
-            hidden_captions=self.hidden_captions,
+            hidden_captions=self._hidden_share(),
         )
         loss, shown = shared_loss(loss, len(batch.places))
         self.log("train/loss", shown, prog_bar=True, batch_size=len(batch))
         return loss
+
+    def _hidden_share(self) -> float:
+        first, last = self.hidden_captions
+        return first if first == last else first + (last - first) * min(1.0, self.progress(self.global_step))
 
     def on_validation_epoch_start(self) -> None:
         self.predictions, self.references = {}, {}
@@ -201,19 +205,30 @@ def check_settings(
     token_dropout: float,
     start_size: int | None,
     unfreeze_encoder_at: float | None,
-    hidden_captions: float = 0.0,
+    hidden_captions: float | Sequence[float] = 0.0,
 ) -> None:
     """Raises InputError where a setting of `CaptionModule` is out of its range."""
     for name, share in (
         ("label_smoothing", label_smoothing),
         ("token_dropout", token_dropout),
-        ("hidden_captions", hidden_captions),
         ("unfreeze_encoder_at", unfreeze_encoder_at),
     ):
         if share is not None and not 0 <= share < 1:
             raise InputError(f"training.{name}={share} must be at least 0 and below 1")
+    shares = as_range(hidden_captions)
+    if not all(0 <= share <= 1 for share in shares) or min(shares) == 1:
+        raise InputError(
+            f"training.hidden_captions={hidden_captions} must be at least 0 and below 1; or two shares from 0 to 1, at "
+            "the start and at the end, one of them below 1"
+        )
     if start_size is not None and start_size < STEP:
         raise InputError(f"training.start_size={start_size} must be at least {STEP} pixels; null: no growing")
+
+
+def as_range(shares: float | Sequence[float]) -> tuple[float, float]:
+    """The first and the last of two, or of one that stays."""
+    first, last = shares if isinstance(shares, Sequence) else (shares, shares)
+    return first, last
 
 
 def check_unfreezing(unfreeze_encoder_at: float | None, *, frozen: bool) -> None:
