@@ -43,6 +43,7 @@ SIZES = [
 REWARD = [
     "training=scst",
     "training.lr_scale=0.3",
+    "training.cross_entropy=0.1",
     "data=csv",
     "data.batch_size=16",
     "data.crop_scale=[0.7,1.0]",

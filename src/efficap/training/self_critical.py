@@ -103,29 +103,7 @@ class SelfCriticalModule(CaptionModule):
         self.cross_entropy = cross_entropy
         self.greedy = Greedy(max_tokens=decoding.max_tokens, **_NO_RULES)
         self.temperature = temperature
-        self.sampling: Beam | Nucleus
-        if sampling == "beam":
-            self.sampling = Beam(
-                max_tokens=decoding.max_tokens,
-                num_beams=samples,
-                num_return_sequences=samples,
-                length_penalty=1.0,  # the likeliest word by word, as conf/decoding/beam.yaml has it
-                early_stopping=False,
-                num_beam_groups=1,
-                diversity_penalty=0.0,
-                **_NO_RULES,
-            )
-        else:
-            self.sampling = Nucleus(
-                max_tokens=decoding.max_tokens,
-                temperature=temperature,
-                top_k=None,
-                top_p=1.0,
-                min_p=0.0,
-                num_return_sequences=samples,
-                seed=seed,
-                **_NO_RULES,
-            )
+        self.sampling = _sampling(sampling, samples, decoding.max_tokens, temperature)
 
     def train(self, mode: bool = True) -> SelfCriticalModule:
         """Like any module's, but the captioner stays in evaluation mode."""
@@ -203,6 +181,31 @@ class SelfCriticalModule(CaptionModule):
         if self.device.type == "cuda":  # from page-locked memory the copy waits for nothing
             return values.pin_memory().to(self.device, non_blocking=True)
         return values.to(self.device)
+
+
+def _sampling(sampling: str, samples: int, max_tokens: int, temperature: float) -> Beam | Nucleus:
+    """How samples are written, drawn ones by a seed that is still to be set."""
+    if sampling == "beam":
+        return Beam(
+            max_tokens=max_tokens,
+            num_beams=samples,
+            num_return_sequences=samples,
+            length_penalty=1.0,  # the likeliest word by word, as conf/decoding/beam.yaml has it
+            early_stopping=False,
+            num_beam_groups=1,
+            diversity_penalty=0.0,
+            **_NO_RULES,
+        )
+    return Nucleus(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        top_k=None,
+        top_p=1.0,
+        min_p=0.0,
+        num_return_sequences=samples,
+        seed=0,
+        **_NO_RULES,
+    )
 
 
 def check_settings(
