@@ -13,7 +13,7 @@ from toys import BEAM, GREEDY
 
 from efficap.batch import CaptionBatch
 from efficap.data.dataset import collate_captions
-from efficap.decoding import build_decoding
+from efficap.decoding import Nucleus, build_decoding
 from efficap.errors import InputError
 from efficap.models.build import build_model
 from efficap.models.captioner import CaptionModel
@@ -309,7 +309,7 @@ def test_wrong_settings_are_refused(changes: dict[str, Any], message: str) -> No
             "start_size": None,
             "unfreeze_encoder_at": None,
         },
-        {"objective": "scst", **SCST},
+        {"objective": "scst", **{name: SCST[name] for name in SCST if name != "sampling"}},
     ],
     ids=["cross_entropy", "scst"],
 )
@@ -324,7 +324,10 @@ def test_runs_from_before_a_setting_go_on_without_it(
         "seed": 0,
     }
     module = build_module(cfg, captioner, tokenizer, build_decoding(GREEDY), OfCaptions())
-    assert getattr(module, "hidden_captions", 0.0) == getattr(module, "cross_entropy", 0.0) == 0.0
+    assert module.hidden_captions == (0.0, 0.0)
+    if isinstance(module, SelfCriticalModule):
+        assert module.cross_entropy == 0.0
+        assert isinstance(module.sampling, Nucleus)
 
 
 def test_a_missing_setting_names_its_default() -> None:
