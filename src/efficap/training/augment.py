@@ -54,9 +54,8 @@ def choose_hidden(tokens: Tensor, share: float) -> Tensor:
     from words that those before them give away; the mask stays causal.
     """
     images, count = tokens.shape[:2]
-    hidden = (
-        share * count + torch.rand(images, 1, device=tokens.device)
-    ).floor()  # (B, 1), the share in the mean
+    up_or_down = torch.rand(images, 1, device=tokens.device)  # so that the mean is the share
+    hidden = (share * count + up_or_down).floor()  # (B, 1)
     return torch.rand(images, count, device=tokens.device).argsort(dim=1) < hidden
 
 
@@ -88,10 +87,8 @@ def read_once(
     row += fewer.shape[1] * torch.arange(len(row), device=row.device)[:, None]
     moved = row.flatten()[places // length] * length + places % length
     moved, order = moved.sort()
-    places, counts = moved.unique_consecutive(return_counts=True)
-    nth = torch.arange(len(moved), device=moved.device) - (counts.cumsum(0) - counts).repeat_interleave(
-        counts
-    )
+    places, of, counts = moved.unique_consecutive(return_inverse=True, return_counts=True)
+    nth = torch.arange(len(moved), device=moved.device) - (counts.cumsum(0) - counts)[of]
     several = targets.new_full((len(places), is_hidden.shape[1]), -1)
-    several[torch.arange(len(places), device=places.device).repeat_interleave(counts), nth] = targets[order]
+    several[of, nth] = targets[order]
     return fewer, places, several

@@ -46,8 +46,8 @@ class SelfCriticalModule(CaptionModule):
     https://arxiv.org/abs/2003.09971, after Kool et al. 2019).
 
     By ``beam`` the samples are the likeliest captions that beam search finds (Cornia et al. 2020,
-    https://arxiv.org/abs/1912.08226), which are then told apart: what beams write is what is learned of, and
-    captions stay more varied. By ``random`` they are drawn, and the gradient is that of the expected reward.
+    https://arxiv.org/abs/1912.08226): what beams write is what is learned of. By ``random`` they are drawn, and the
+    gradient is that of the expected reward.
 
     The captioner stays in evaluation mode. The samples and their log-probabilities must come from the same
     distribution, which dropout would draw anew for each; and with a batch's own BatchNorm statistics it would be
@@ -120,7 +120,7 @@ class SelfCriticalModule(CaptionModule):
             rewards = thread.submit(self._rewards, batch, sampled, baseline)
             tokens = sampled.tokens[..., :-1]
             lengths = sampled.lengths.cpu()  # sampling has waited for them already
-            places = self._to_device(places_beforewords_of(lengths))  # (m,)
+            places = self._to_device(places_before_words(lengths))  # (m,)
             hidden = self.captioner.hidden_states(memory, tokens, places)  # (m, D)
             reward, advantage = self._to_device(rewards.result())  # (B, n) each
         loss = self_critical_loss(
@@ -240,7 +240,7 @@ def check_settings(
         raise InputError(f"training.cross_entropy={cross_entropy} must be at least 0; 0: the reward alone")
 
 
-def places_beforewords_of(lengths: Tensor) -> Tensor:
+def places_before_words(lengths: Tensor) -> Tensor:
     """(m,) places, among B * n * (T - 1) positions, of the tokens that another valid one follows.
 
     Args:
