@@ -35,6 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from efficap.batch import CaptionBatch
 from efficap.commands.entry import tune_process
 from efficap.decoding import Greedy
+from efficap.models.linear import bfloat16_is_slow
 from efficap.training.losses import batch_loss, caption_loss
 from efficap.training.module import CaptionModule
 
@@ -210,7 +211,7 @@ def main() -> None:
     )
     parser.add_argument("--models", default="small,b0", help="of small, medium, b0 (default: small,b0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
-    has_bf16 = DEVICE == "cuda" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    has_bf16 = DEVICE == "cuda" or not bfloat16_is_slow()
     dtypes = "bf16,fp32" if has_bf16 else "fp32"
     parser.add_argument(
         "--dtypes", default=dtypes, help="bf16,fp32, or fp32 where bfloat16 would be emulated"

@@ -28,10 +28,10 @@ from wandb_files import OfflineRun, finished_run
 
 from efficap.commands import entry
 from efficap.commands.metrics_csv import MetricsLogger
+from efficap.commands.placement import used_precision
 from efficap.commands.resume import with_settings_of
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
-from efficap.commands.trainer import used_precision
 from efficap.data import pictures
 from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes

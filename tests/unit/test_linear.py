@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from efficap.models import linear as module
-from efficap.models.linear import Linear, cpu_has_bfloat16, linear, mkl_is_slow
+from efficap.models.linear import Linear, bfloat16_is_slow, cpu_has_bfloat16, linear, mkl_is_slow
 
 ZEN4 = {"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_f": True}
 
@@ -97,6 +97,21 @@ def test_it_is_chosen_for_amds_processors_with_avx_512(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     assert mkl_is_slow() == slow
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "slow"),
+    [
+        ({"avx512_f": True}, True),  # for which oneDNN emulates bfloat16
+        ({"avx512_f": True, "avx512_bf16": True}, False),
+        ({"amx_bf16": True}, False),
+    ],
+)
+def test_bfloat16_is_slow_without_its_products(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], slow: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    assert bfloat16_is_slow() == slow
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from efficap.commands.run_dir import choose_device
+from efficap.commands.placement import choose_device
 from efficap.commands.stages import naming
 from efficap.commands.stopped import explained
 from efficap.commands.trainer import build_callbacks, build_trainer, fitting

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 from hydra.utils import get_class
 
 from efficap.commands.kinds import check_form
+from efficap.commands.placement import choose_device, choose_precision
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import RUN, check_data
 from efficap.data.caption_data import CaptionData
@@ -203,54 +203,3 @@ def _point_latest(path: Path) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(path.resolve().relative_to(outputs), target_is_directory=True)
     os.replace(temporary, outputs / "latest")
-
-
-def choose_device(accelerator: str) -> torch.device:
-    """The device for ``auto``, ``cpu`` or ``gpu``.
-
-    Raises:
-        InputError: a GPU was asked for and there is none, or an unknown word.
-    """
-    check_accelerator("accelerator", accelerator)
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    mps = torch.backends.mps.is_available()
-    return torch.device("mps" if mps else "cpu")
-
-
-def check_accelerator(setting: str, accelerator: str) -> None:
-    """Raises InputError where `accelerator` is unknown, or a GPU that is not there."""
-    known = ("auto", "cpu", "gpu")
-    if accelerator not in known:
-        raise InputError(f"{setting}={accelerator} must be one of {', '.join(known)}")
-    if accelerator == "gpu" and not (torch.cuda.is_available() or torch.backends.mps.is_available()):
-        raise InputError(
-            f"{setting}=gpu, but torch {torch.__version__} sees no GPU here; use {setting}=cpu or auto"
-        )
-
-
-def choose_precision(precision: str | None, device: torch.device) -> torch.dtype:
-    """The dtype of the weights for ``float32``, ``bfloat16`` or None: bfloat16 on a GPU that computes in it.
-
-    Says on stderr where bfloat16 was asked for and is slow.
-
-    Raises:
-        InputError: another word.
-    """
-    if precision not in (None, "float32", "bfloat16"):
-        raise InputError(
-            f"precision={precision} must be float32, bfloat16, or null for bfloat16 on a GPU that has it"
-        )
-    if precision == "float32":
-        return torch.float32
-    if precision is None:
-        on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if on_gpu else torch.float32
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        print(
-            "precision=bfloat16 is slow on this CPU, which does not compute in it; precision=float32 is faster",
-            file=sys.stderr,
-        )
-    return torch.bfloat16

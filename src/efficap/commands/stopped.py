@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from efficap.commands.faults import dead_loader
+from efficap.commands.placement import used_precision
 from efficap.commands.resume import has_checkpoint
-from efficap.commands.trainer import used_precision
 from efficap.errors import InputError
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.memory import is_out_of_memory

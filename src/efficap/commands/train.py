@@ -19,9 +19,10 @@ from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
 from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
+from efficap.commands.placement import check_accelerator, choose_device, say_if_slow
 from efficap.commands.processes import check_processes, check_sharding, requeue
 from efficap.commands.resume import check_limits, is_finished, leave_no_trace, log_until
-from efficap.commands.run_dir import RunDirectory, check_accelerator, choose_device, write_run
+from efficap.commands.run_dir import RunDirectory, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
@@ -110,6 +111,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     if is_first():
         check_writable(run_dir)
         check_java()
+        say_if_slow(cfg["trainer"])
     decoding = build_decoding(cfg["decoding"])
     for name, settings in stages.items():
         with naming(name):

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 
+from efficap.commands.placement import used_precision
 from efficap.commands.processes import strategy_settings
 from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
@@ -80,14 +80,6 @@ def fitting() -> Iterator[None]:
                 "whole number of batches"
             ) from error
         raise
-
-
-def used_precision(trainer: dict[str, Any]) -> Any:
-    """The precision that a training computes in: trainer.precision, and what null stands for."""
-    if trainer["precision"] is not None:
-        return trainer["precision"]
-    on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
 
 
 def build_trainer(

@@ -85,6 +85,13 @@ def cpu_has_bfloat16() -> bool:
     return any(_capabilities().get(name) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def bfloat16_is_slow() -> bool:
+    """Whether this processor is known not to multiply in bfloat16, so that torch emulates it."""
+    if _capabilities():
+        return not cpu_has_bfloat16()
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()  # true of AVX-512 without these products, too
+
+
 def _capabilities() -> Mapping[str, Any]:
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}  # an older torch
 
