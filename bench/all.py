@@ -21,6 +21,7 @@ PAGE = HERE.parent / "docs" / "benchmarks.md"
 BENCHES = {
     "data": ["--short"],
     "data_memory": ["--short"],
+    "data_start": ["--short"],
     "decode": ["--short"],
     "linear": [],
     "train_step": ["--short"],

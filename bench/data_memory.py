@@ -1,10 +1,9 @@
-"""What loading costs in memory, and how long it takes to begin.
+"""What loading costs in memory.
 
-    python bench/data_memory.py [table] [million] [start] [--short]
+    python bench/data_memory.py [table] [million] [--short]
 
 table: what a loader process takes for a table as large as COCO's, against a bare one with the same imports, and against
-one with Python lists. million: the process that reads a million samples of shards. start: the time from the settings to
-the first batch, by the number of shards and of samples in them. The last line is one JSON object.
+one with Python lists. million: the process that reads a million samples of shards. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -36,9 +35,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(CHILDREN[options.child](options.folder)), file=answers, flush=True)
         return 0
     if options.short:
-        options.pictures, options.samples, options.per_shard, options.shards = 4_000, 40_000, 1_000, [10, 40]
+        options.pictures, options.samples, options.per_shard = 4_000, 40_000, 1_000
     result: dict[str, Any] = {}
-    for part in options.parts or ["table", "million", "start"]:
+    for part in options.parts or list(PARTS):
         with tempfile.TemporaryDirectory(prefix="efficap-bench-") as name:
             result |= PARTS[part](Path(name), options)
     print(json.dumps(result))
@@ -48,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     first = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(description=first)
-    parser.add_argument("parts", nargs="*", metavar="PART", help="table, million, start (default: all)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="table, million (default: both)")
     parser.add_argument(
         "--pictures", type=int, default=113_287, metavar="N", help="of the table (default: COCO's 113287)"
     )
@@ -56,9 +55,6 @@ def _parser() -> argparse.ArgumentParser:
         "--samples", type=int, default=1_000_000, metavar="N", help="read from shards (default: 1000000)"
     )
     parser.add_argument("--per-shard", type=int, default=10_000, metavar="N", help="(default: 10000)")
-    parser.add_argument(
-        "--shards", type=int, nargs="+", default=[10, 100, 1000], metavar="N", help="to begin with"
-    )
     parser.add_argument("--short", action="store_true", help="a quick look at small sizes")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -80,7 +76,9 @@ def _child(name: str, folder: Path) -> Any:
 def table(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a loader process adds to a bare one, in MB, and how it grows over an epoch."""
     _say(f"table: {options.pictures:,} pictures of {SIDE} x {SIDE}, five captions each")
-    write_table(folder, options.pictures)
+    from data_files import write_table
+
+    write_table(folder, options.pictures, SIDE)
     (folder / "sizes.json").write_text(json.dumps({"pictures": options.pictures}))
     seen = {name: _child(name, folder) for name in ("bare", "csv", "lists")}
     result: dict[str, Any] = {"table_pictures": options.pictures}
@@ -100,23 +98,6 @@ def table(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 KINDS = ("uss", "pss", "rss")
-
-
-def write_table(folder: Path, pictures: int) -> None:
-    """``captions.csv`` and ``images/``, whose many names stand for a few files."""
-    from data_files import tiny_jpeg, write_captions
-
-    from efficap.tokenizer import CaptionTokenizer
-
-    (folder / "images").mkdir(parents=True)
-    names = [f"COCO_train2014_{number:012d}.jpg" for number in range(pictures)]
-    for start in range(0, pictures, 30_000):  # a file system has a limit of links to a file, 65,000 or so
-        first = folder / "images" / names[start]
-        first.write_bytes(tiny_jpeg(start, SIDE))
-        for name in names[start + 1 : start + 30_000]:
-            os.link(first, folder / "images" / name)
-    captions = write_captions(folder / "captions.csv", names)
-    CaptionTokenizer.learn(captions[:10_000], 400).save(folder / "tokenizer")
 
 
 def csv_workers(folder: Path) -> list[dict[str, float]]:
@@ -184,10 +165,12 @@ def _workers(batches: Iterator[int], folder: Path) -> list[dict[str, float]]:
 
 def million(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """The memory of the process that reads very many samples, in MB."""
+    from data_files import multiply, write_tar
+
     tars = -(-options.samples // options.per_shard)
     _say(f"million: {tars} tars of {options.per_shard:,} samples")
-    write_tar(folder, options.per_shard)
-    _multiply(folder, tars)
+    write_tar(folder, options.per_shard, SIDE)
+    multiply(folder, tars)
     looks = _child("million", folder)
     bounds = [len(looks) * n // 10 for n in range(11)]
     result: dict[str, Any] = {"million_samples": tars * options.per_shard}
@@ -228,68 +211,12 @@ def read_million(folder: Path) -> list[dict[str, float]]:
     return looks
 
 
-def write_tar(folder: Path, samples: int) -> None:
-    """One indexed tar of tiny samples in ``shards/``."""
-    from data_files import write_tars
-
-    write_table(folder, samples)
-    write_tars(folder, samples, 1)
-    (folder / "sizes.json").write_text(json.dumps({"samples": samples}))
-
-
-def _multiply(folder: Path, count: int) -> None:
-    """The first tar and its index under `count` names in all: one inode, so that size, time and digest still fit."""
-    first = folder / "shards" / "00000.tar"
-    files = [file for file in first.parent.iterdir() if file.name.startswith(first.name)]
-    for number, file in itertools.product(range(1, count), files):
-        os.link(file, file.with_name(file.name.replace("00000", f"{number:05d}", 1)))
-
-
-# The start
-
-
-def start(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from the settings to the loader, with indexes there, and from the loader to its first batch."""
-    result: dict[str, Any] = {}
-    print(f"\n{'shards':>8}{'samples in each':>17}{'seconds to the loader':>24}{'to the first batch':>20}")
-    for shards, samples in itertools.product(options.shards, (100, options.per_shard)):
-        here = folder / f"{shards}_{samples}"
-        write_tar(here, samples)
-        _multiply(here, shards)
-        seconds = _child("start", here)
-        print(f"{shards:8,}{samples:17,}{seconds['loader']:24.3f}{seconds['batch']:20.3f}")
-        result[f"start_{shards}_shards_of_{samples}_s"] = round(seconds["loader"], 4)
-        result[f"first_batch_{shards}_shards_of_{samples}_s"] = round(seconds["batch"], 4)
-    return result
-
-
-def time_start(folder: Path) -> dict[str, float]:
-    """Medians of five."""
-    import statistics
-
-    from data_contenders import data_module, shards_overrides, training_loader
-
-    times = []
-    for _ in range(6):
-        data = data_module(WORKERS, *shards_overrides(folder))
-        begin = time.perf_counter()
-        loader = training_loader(data, folder, SIDE)
-        ready = time.perf_counter()
-        batches = iter(loader)
-        next(batches)
-        times.append((ready - begin, time.perf_counter() - ready))
-        batches.close()
-    loading, first = (statistics.median(column) for column in zip(*times[1:], strict=True))
-    return {"loader": loading, "batch": first}  # without the first time, which imports
-
-
-PARTS = {"table": table, "million": million, "start": start}
+PARTS = {"table": table, "million": million}
 CHILDREN = {
     "bare": bare_workers,
     "csv": csv_workers,
     "lists": list_workers,
     "million": read_million,
-    "start": time_start,
 }
 
 
