@@ -1,6 +1,6 @@
-"""Depthwise convolutions whose gradients a CPU computes fast, where training is in bfloat16.
+"""Depthwise convolutions whose gradients a CPU computes fast.
 
-oneDNN's gradient of the weight is fast in bfloat16 for kernels of 3 x 3 that are not dilated, that of the input where
+oneDNN's gradient of the weight is fast for kernels of 3 x 3 that are not dilated, in bfloat16 that of the input where
 it can be had by a convolution forward; others were seen to take 10 to 100 times as long (docs/benchmarks.md). So
 larger kernels are taken apart into such, and what is left is computed in float32.
 
@@ -44,10 +44,21 @@ class DepthwiseConv2d(nn.Conv2d):
         """(B, C, h, w) -> (B, C, h', w')."""
         if self.pads_like_tensorflow:
             x = pad_same(x, list(self.kernel_size), list(self.stride), list(self.dilation))
-        if self.bias is not None or not (_learns_in_bfloat16() and x.device.type == "cpu"):
+        dtype = self._learns_in(x)
+        if self.bias is not None or dtype is None:
             return super().forward(x)
-        y: Tensor = _Depthwise.apply(x, self.weight, self.stride, self.padding, self.dilation, self.groups)
+        settings = self.stride, self.padding, self.dilation, self.groups
+        y: Tensor = _Depthwise.apply(x.to(dtype), self.weight, *settings)
         return y
+
+    def _learns_in(self, x: Tensor) -> torch.dtype | None:
+        """bfloat16 under its autocast, float32 without where that gains; None for what is left to torch."""
+        if not torch.is_grad_enabled() or x.device.type != "cpu":
+            return None
+        if torch.is_autocast_enabled("cpu"):
+            return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
+        is_slow = max(self.kernel_size) > 3 or max(self.dilation) > 1
+        return torch.float32 if is_slow and x.dtype == torch.float32 else None
 
 
 def use_fast_gradients(backbone: nn.Module) -> None:
@@ -58,21 +69,12 @@ def use_fast_gradients(backbone: nn.Module) -> None:
                 setattr(parent, name, DepthwiseConv2d(conv))
 
 
-def _learns_in_bfloat16() -> bool:
-    return (
-        torch.is_grad_enabled()
-        and torch.is_autocast_enabled("cpu")
-        and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    )
-
-
 class _Depthwise(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *settings: Any) -> Tensor:
-        x = x.to(torch.bfloat16)
         ctx.save_for_backward(x, weight)
         ctx.settings = settings
-        return F.conv2d(x, weight.to(torch.bfloat16), None, *settings)
+        return F.conv2d(x, weight.to(x.dtype), None, *settings)
 
     @staticmethod
     @once_differentiable
@@ -87,7 +89,7 @@ class _Depthwise(Function):
 def _of_input(
     gradient: Tensor, x: Tensor, weight: Tensor, stride: Sizes, padding: Sizes, dilation: Sizes, groups: int
 ) -> Tensor:
-    """The (B, C, H, W) gradient of a convolution's input, in bfloat16."""
+    """The (B, C, H, W) gradient of a convolution's input, in its dtype."""
     if max(stride) == 1:  # it is a convolution itself, with the kernel turned round
         reach = [d * (k - 1) - p for d, k, p in zip(dilation, weight.shape[2:], padding, strict=True)]
         if min(reach) >= 0:

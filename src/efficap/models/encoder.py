@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.errors import InputError
 from efficap.hub import hub_files
+from efficap.models.activation import copy_no_inputs
 from efficap.models.depthwise import use_fast_gradients
 from efficap.models.squeeze_excite import keep_layout
 
@@ -129,6 +130,7 @@ class ImageEncoder(nn.Module):
         )
         use_fast_gradients(self.backbone)
         keep_layout(self.backbone)
+        copy_no_inputs(self.backbone)
         self.backbone.to(memory_format=torch.channels_last)
         self.frozen = False
         self.freeze(frozen)
