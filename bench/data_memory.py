@@ -75,9 +75,9 @@ def _child(name: str, folder: Path) -> Any:
 
 def table(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a loader process adds to a bare one, in MB, and how it grows over an epoch."""
-    _say(f"table: {options.pictures:,} pictures of {SIDE} x {SIDE}, five captions each")
     from data_files import write_table
 
+    _say(f"table: {options.pictures:,} pictures of {SIDE} x {SIDE}, five captions each")
     write_table(folder, options.pictures, SIDE)
     (folder / "sizes.json").write_text(json.dumps({"pictures": options.pictures}))
     seen = {name: _child(name, folder) for name in ("bare", "csv", "lists")}

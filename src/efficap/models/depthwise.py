@@ -1,7 +1,7 @@
 """Depthwise convolutions whose gradients a CPU computes fast.
 
 oneDNN's gradient of the weight is fast for kernels of 3 x 3 that are not dilated, in bfloat16 that of the input where
-it can be had by a convolution forward; others were seen to take 10 to 100 times as long (docs/benchmarks.md). So
+it can be had by a convolution forward; others were seen to take up to 100 times as long (docs/benchmarks.md). So
 larger kernels are taken apart into such, and what is left is computed in float32.
 
 B images, C channels, H x W pixels before and h x w after, kernels of k x k.
