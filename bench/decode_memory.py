@@ -7,7 +7,7 @@ import json
 import sys
 
 import torch
-from decode import DEVICE, Case, build_random, ours, random_images, theirs
+from decoders import DEVICE, Case, build_random, ours, random_images, theirs
 from plain import MODELS, Plain
 from transformers.utils import logging
 
