@@ -15,6 +15,7 @@ import torch
 from plain import MODELS, Plain, build
 
 from efficap.batch import CaptionBatch
+from efficap.commands.placement import used_precision
 from efficap.training.losses import batch_loss
 from efficap.training.optim import build_optimizer
 
@@ -32,7 +33,10 @@ OPTIMIZER = {
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: K captions of each picture, in float32 or under bfloat16 autocast; ours compiled, too."""
+    """What is trained: K captions of each picture, in float32 or under bfloat16 autocast; ours compiled, too.
+
+    Where the CPU does not compute in bfloat16, ours is in float32 anyway, as in a training.
+    """
 
     model: str
     captions: int
@@ -40,8 +44,14 @@ class Case:
     pictures: int
     compile: bool = False
 
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        return torch.autocast(DEVICE, torch.bfloat16) if self.dtype == "bf16" else contextlib.nullcontext()
+    @property
+    def precision(self) -> str:
+        """Lightning's name of what is asked for."""
+        return "bf16-mixed" if self.dtype == "bf16" else "32-true"
+
+
+def autocast(precision: str) -> contextlib.AbstractContextManager[Any]:
+    return torch.autocast(DEVICE, torch.bfloat16) if precision == "bf16-mixed" else contextlib.nullcontext()
 
 
 def batch_for(case: Case) -> CaptionBatch:
@@ -72,10 +82,11 @@ class Ours:
             self.captioner, lambda _: 0.0, lr=lr, fused=True, **OPTIMIZER
         )
         self.batch = batch_for(case)
+        self.precision = used_precision({"accelerator": "auto", "precision": case.precision})
 
     def __call__(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        with self.case.autocast():
+        with autocast(self.precision):
             loss = batch_loss(self.captioner, self.batch, label_smoothing=0.1)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.captioner.parameters(), 1.0)
@@ -91,7 +102,7 @@ def plain_step(case: Case) -> Callable[[], None]:
 
     def step() -> None:
         optimizer.zero_grad()
-        with case.autocast():
+        with autocast(case.precision):
             loss = model.loss(batch.images, batch.tokens[:, 0], batch.lengths[:, 0], 0.1)
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

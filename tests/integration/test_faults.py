@@ -153,6 +153,7 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     def run_out() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has …")
 
+    monkeypatch.setattr("efficap.commands.placement.bfloat16_is_slow", lambda: False)
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         die_at(patch, "training_step", 6, run_out)
@@ -180,9 +181,7 @@ def test_memory_that_runs_out_before_there_is_a_checkpoint(
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     die_at(monkeypatch, "training_step", 0, run_out)
-    monkeypatch.setattr(
-        "efficap.commands.stopped.used_precision", lambda _: "bf16-mixed"
-    )  # as null is on a GPU
+    monkeypatch.setattr("efficap.commands.placement.bfloat16_is_slow", lambda: True)
     with pytest.raises(InputError) as error:
         train(compose("train", *tiny_overrides(folder, tmp_path / "run")))
     assert str(error.value) == (

@@ -10,6 +10,8 @@ import torch
 from efficap.errors import InputError
 from efficap.models.linear import bfloat16_is_slow
 
+_NO_BFLOAT16 = "which does not compute in bfloat16"
+
 
 def choose_device(accelerator: str) -> torch.device:
     """The device for ``auto``, ``cpu`` or ``gpu``.
@@ -54,29 +56,38 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
     if precision is None:
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if on_gpu else torch.float32
-    if device.type == "cpu":
-        _say_if_slow("precision=bfloat16", "precision=float32")
+    if device.type == "cpu" and bfloat16_is_slow():
+        _say_slow("precision=bfloat16", "precision=float32")
     return torch.bfloat16
 
 
 def used_precision(trainer: dict[str, Any]) -> Any:
-    """The precision that a training computes in: trainer.precision, and what null stands for."""
-    if trainer["precision"] is not None:
-        return trainer["precision"]
+    """The precision that a training computes in: trainer.precision, and what null stands for.
+
+    On a CPU that does not compute in bfloat16 bf16-mixed is 32-true: torch would emulate it, at a third of the speed.
+    """
+    precision = trainer["precision"]
     on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
-    return "bf16-mixed" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
+    if precision is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
+        return "bf16-mixed"
+    if precision is None or (precision == "bf16-mixed" and _is_slow_in_bfloat16(trainer)):
+        return "32-true"
+    return precision
 
 
 def say_if_slow(trainer: dict[str, Any]) -> None:
-    """Say on stderr that a training is slow on this CPU in the precision that was asked for, where it is."""
-    precision = str(used_precision(trainer))
-    if precision.startswith("bf16") and choose_device(trainer["accelerator"]).type == "cpu":
-        _say_if_slow(f"trainer.precision={precision}", "trainer.precision=32-true")
+    """Say on stderr that this CPU does not compute in the bfloat16 that was asked for, where it does not."""
+    asked = str(trainer["precision"])
+    if asked.startswith("bf16") and _is_slow_in_bfloat16(trainer):
+        if used_precision(trainer) == "32-true":
+            print(f"trainer.precision={asked} is 32-true on this CPU, {_NO_BFLOAT16}", file=sys.stderr)
+        else:
+            _say_slow(f"trainer.precision={asked}", "trainer.precision=32-true")
 
 
-def _say_if_slow(asked: str, faster: str) -> None:
-    if bfloat16_is_slow():
-        print(
-            f"{asked} is slow on this CPU, which does not compute in bfloat16; {faster} is faster",
-            file=sys.stderr,
-        )
+def _is_slow_in_bfloat16(trainer: dict[str, Any]) -> bool:
+    return bool(choose_device(trainer["accelerator"]).type == "cpu" and bfloat16_is_slow())
+
+
+def _say_slow(asked: str, faster: str) -> None:
+    print(f"{asked} is slow on this CPU, {_NO_BFLOAT16}; {faster} is faster", file=sys.stderr)

@@ -43,8 +43,9 @@ def way_on(run_dir: Path) -> str:
 def _out_of_memory(cfg: dict[str, Any], run_dir: Path) -> str:
     """What helps in the same training, then what only another one may have: it decides what is learned."""
     helps = [] if cfg["gradient_checkpointing"] else ["gradient_checkpointing=true"]
-    if "16" not in str(used_precision(cfg["trainer"])):
-        helps.append("trainer.precision=bf16-mixed")
+    trainer, half = cfg["trainer"], "bf16-mixed"
+    if "16" not in str(used_precision(trainer)) and used_precision({**trainer, "precision": half}) == half:
+        helps.append(f"trainer.precision={half}")
     anew = [f"a model.image_size below {cfg['model']['image_size']}"]
     batch, accumulated = cfg["data"].get("batch_size"), cfg["trainer"]["accumulate_grad_batches"]
     if batch is None:
