@@ -212,7 +212,11 @@ def main() -> None:
     )
     parser.add_argument("--models", default="small,b0", help="of small, medium, b0 (default: small,b0)")
     parser.add_argument("--rounds", type=int, default=5, help="of each case (default: 5)")
-    parser.add_argument("--dtypes", default="bf16,fp32", help="(default: bf16,fp32)")
+    has_bf16 = DEVICE == "cuda" or not bfloat16_is_slow()
+    dtypes = "bf16,fp32" if has_bf16 else "fp32"
+    parser.add_argument(
+        "--dtypes", default=dtypes, help="bf16,fp32, or fp32 where bfloat16 would be emulated"
+    )
     parser.add_argument("--captions", default="5,1", help="of each picture (default: 5,1)")
     parser.add_argument("--pictures", type=int, help="of a step (default: small and medium 8, b0 32)")
     parser.add_argument("--compile", action="store_true", help="ours with compile=true")
@@ -220,7 +224,7 @@ def main() -> None:
     options = parser.parse_args()
     tune_process()
     models, rounds = (["b0"], 2) if options.short else (options.models.split(","), options.rounds)
-    if DEVICE == "cpu" and bfloat16_is_slow():
+    if not has_bf16:
         print(
             "this CPU has no bfloat16 arithmetic: in bf16 efficap computes in float32, and the plain way emulates"
         )

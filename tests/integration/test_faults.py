@@ -174,14 +174,21 @@ def test_memory_that_runs_out_is_told_with_what_helps(
     assert_equal_runs(run, undisturbed)
 
 
+@pytest.mark.parametrize(
+    ("function", "value"),
+    [
+        ("stopped.used_precision", lambda _: "bf16-mixed"),  # as null is on a GPU
+        ("placement.bfloat16_is_slow", lambda: True),  # where bf16-mixed is float32
+    ],
+)
 def test_memory_that_runs_out_before_there_is_a_checkpoint(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, value: Callable[..., Any]
 ) -> None:
     def run_out() -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
 
     die_at(monkeypatch, "training_step", 0, run_out)
-    monkeypatch.setattr("efficap.commands.placement.bfloat16_is_slow", lambda: True)
+    monkeypatch.setattr(f"efficap.commands.{function}", value)
     with pytest.raises(InputError) as error:
         train(compose("train", *tiny_overrides(folder, tmp_path / "run")))
     assert str(error.value) == (

@@ -64,7 +64,7 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
 def used_precision(trainer: dict[str, Any]) -> Any:
     """The precision that a training computes in: trainer.precision, and what null stands for.
 
-    On a CPU that does not compute in bfloat16 bf16-mixed is 32-true: torch would emulate it, at a third of the speed.
+    On a CPU that does not compute in bfloat16 bf16-mixed is 32-true: torch would emulate it, which is slower.
     """
     precision = trainer["precision"]
     on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
