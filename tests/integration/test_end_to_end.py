@@ -24,6 +24,7 @@ from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
 from efficap.errors import InputError
 from efficap.evaluation.pictures import read_pictures
+from efficap.training import run_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +55,18 @@ def test_a_run_directory_holds_all_that_its_evaluation_needs(trained: tuple[Path
     table = pd.read_csv(run / "metrics.csv")
     assert {"train/loss", "val/loss", "val/CIDEr", "val/BLEU-4"} <= set(table.columns)
     assert len(list((run / "samples").glob("*.html"))) == 3
+
+
+@pytest.mark.parametrize(("apart", "drawn"), [(0.0, 4), (3600.0, 1)])
+def test_curves_are_drawn_at_the_end_and_at_validations_that_are_not_too_close(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, apart: float, drawn: int
+) -> None:
+    folder, _ = trained
+    drawings: list[Path] = []
+    monkeypatch.setattr(run_metrics, "CURVES_SECONDS", apart)
+    monkeypatch.setattr(run_metrics, "plot_curves", lambda _, png: drawings.append(png))
+    train(compose("train", *tiny_overrides(folder, tmp_path / "run")))
+    assert drawings == [tmp_path / "run" / "curves.png"] * drawn, "three validations and the end"
 
 
 def test_evaluation_writes_captions_then_scores(trained: tuple[Path, Path]) -> None:

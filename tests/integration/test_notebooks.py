@@ -1,9 +1,11 @@
-"""The notebooks, cell by cell as Jupyter runs them, on few of the built-in pictures' batches."""
+"""The notebooks, cell by cell as Jupyter runs them, on few of the built-in pictures."""
 
 from __future__ import annotations
 
 import ast
 import json
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,25 @@ import pandas as pd
 import pytest
 from PIL import Image
 
-from efficap.data.demo import write_demo
+from efficap.data.demo import module, write_demo
 from efficap.evaluation.gallery import Page
 
 pytestmark = pytest.mark.slow
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SHORT = ["trainer=cpu", "trainer.enable_progress_bar=false", "data.num_workers=0", "trainer.max_epochs=2",
          "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]  # fmt: skip
+SCORED = 40  # pictures of each split that is evaluated, instead of 300
 
 
 @pytest.fixture(scope="module")
-def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the notebooks write: beside a folder `notebooks`, with the built-in pictures already drawn."""
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where the notebooks write: beside a folder `notebooks`. Few of the built-in pictures are drawn there."""
     folder = tmp_path_factory.mktemp("checkout")
-    write_demo(folder / "data" / "demo")
     (folder / "notebooks").mkdir()
-    return folder
+    few = {"train": 200, "val": 60, "test": SCORED, "irregular": SCORED}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "write_demo", partial(write_demo, sizes=few))
+        yield folder
 
 
 class Notebook:
@@ -75,7 +80,7 @@ def test_quickstart(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook.run(LIMITS=[*SHORT, "trainer.check_val_every_n_epoch=1", "trainer.val_check_interval=null"])
     scores, captions = (value for value in notebook.shown if isinstance(value, pd.DataFrame))
     assert list(scores.index) == ["test", "irregular"]
-    assert scores["images"].tolist() == [300, 300]
+    assert scores["images"].tolist() == [SCORED, SCORED]
     assert captions.shape == (3, 4)
     assert captions.map(len).gt(0).all(axis=None)
     pictures = [value for value in notebook.shown if isinstance(value, Image.Image)]

@@ -231,12 +231,10 @@ def test_two_leave_a_run_alone_that_another_process_trains_in(
 
 
 def test_two_evaluate_as_one(folder: Path, alone: Path) -> None:
-    wanted = evaluate(compose("eval", f"run={alone}", "intervals.resamples=20", "gallery=0"))
+    settings = [f"run={alone}", "metrics=[BLEU,CIDEr]", "intervals.resamples=20", "gallery=0"]
+    wanted = evaluate(compose("eval", *settings))
     captions = (alone / "eval" / "test" / "captions.json").read_text()
-    done = torchrun(
-        *(ROOT / "eval.py", f"run={alone}", "intervals.resamples=20", "gallery=0", "accelerator=cpu"),
-        cwd=ROOT,
-    )
+    done = torchrun(ROOT / "eval.py", *settings, "accelerator=cpu", cwd=ROOT)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads((alone / "eval" / "test" / "scores.json").read_text())
     assert (alone / "eval" / "test" / "captions.json").read_text() == captions

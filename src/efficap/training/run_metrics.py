@@ -26,11 +26,16 @@ from efficap.training.progress import METRICS_FILE
 from efficap.training.stage import Stage
 from efficap.training.writing import only_warning, or_the_end
 
+CURVES_SECONDS = (
+    30.0  # at least, between two drawings of curves.png before the end: each takes up to a second
+)
+
 
 class RunMetrics(Callback):
     """Counts pairs of all processes, their rate and steps left out, and keeps metrics.json and curves.png up to date.
 
-    The rate is of training alone: validations are not counted in its time.
+    The rate is of training alone: validations are not counted in its time. Where validations follow each other
+    quickly, not each of them draws the curves anew; the end of the training does.
 
     Args:
         run_dir: the run directory.
@@ -45,7 +50,7 @@ class RunMetrics(Callback):
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
         self._at_end: dict[str, Any] | None = None  # what metrics.json said at the end of training
-        self._resumed_at = 0.0
+        self._resumed_at = self._drawn_at = 0.0
         if before is not None:
             self.load_state_dict(before.state_dict())
 
@@ -64,7 +69,7 @@ class RunMetrics(Callback):
         self.seconds, self.history = state_dict["seconds"], list(state_dict["history"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._resumed_at = time.monotonic()
+        self._resumed_at = self._drawn_at = time.monotonic()
 
     def on_train_batch_end(
         self,
@@ -110,24 +115,26 @@ class RunMetrics(Callback):
         self.history.append(entry)
         self._resumed_at = time.monotonic()
         with only_warning("metrics.json"):
-            self._write(trainer)
+            self._write(trainer, draw=time.monotonic() - self._drawn_at >= CURVES_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             self._rate()
             with or_the_end("metrics.json", self.run_dir):
-                self._at_end = self._write(trainer)
+                self._at_end = self._write(trainer, draw=True)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._at_end is not None and self.stage.is_last:  # and the weights have been written, too
             with or_the_end("metrics.json", self.run_dir):
                 self._replace({**self._at_end, "finished": True})
 
-    def _write(self, trainer: pl.Trainer) -> dict[str, Any]:
+    def _write(self, trainer: pl.Trainer, *, draw: bool) -> dict[str, Any]:
         for logger in trainer.loggers:
             logger.save()
-        with only_warning("curves.png"):
-            plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
+        if draw:
+            with only_warning("curves.png"):
+                plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
+            self._drawn_at = time.monotonic()
         parameters = list(trainer.lightning_module.parameters())
         data = trainer.datamodule  # type: ignore[attr-defined]
         # Scores of other stages are of other data, and of weights that this one has gone on from.
