@@ -26,9 +26,7 @@ from efficap.training.progress import METRICS_FILE
 from efficap.training.stage import Stage
 from efficap.training.writing import only_warning, or_the_end
 
-CURVES_SECONDS = (
-    30.0  # at least, between two drawings of curves.png before the end: each takes up to a second
-)
+CURVES_SECONDS = 30.0  # at least, between two drawings of curves.png but the last: each takes half a second
 
 
 class RunMetrics(Callback):
