@@ -40,21 +40,10 @@ SIZES = [
     "data.crop_scale=[0.9,1.0]",  # it sees its pictures some ten times: too few to learn them by heart
     "training.hidden_captions=[1.0,0.4]",  # its captions, five times as often, it does
 ]
-REWARD = [
-    "training=scst",
-    "training.lr_scale=0.3",
-    "training.cross_entropy=0.1",
-    "data=csv",
-    "data.batch_size=16",
-    "data.crop_scale=[0.7,1.0]",
-    "optimizer.warmup_steps=10",
-    "trainer.max_epochs=-1",
-    "trainer.check_val_every_n_epoch=null",
-]
 
 
 def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, float]:
-    """Train by conf/experiment/flickr8k.yaml, at the plain way's sizes unless `--best`; evaluate with 3 beams."""
+    """Train by experiment=flickr8k, then flickr8k_scst; at the plain way's sizes unless `--best`; 3 beams caption."""
     from hydra import compose, initialize_config_dir
 
     from efficap.commands.entry import plain, tune_process
@@ -84,7 +73,7 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
         last = SELF_CRITICAL * options.minutes
         sizes = [] if options.best else SIZES
         words, first = trained(["experiment=flickr8k", *sizes], options.minutes - last, folder / "words")
-        run, second = trained([*REWARD, f"init_from={words}"], last, folder / "reward")
+        run, second = trained(["experiment=flickr8k_scst", f"init_from={words}"], last, folder / "reward")
         evaluation = plain(
             compose("eval", [f"run={run}", "split=val", "decoding=beam", "decoding.num_beams=3"])
         )
