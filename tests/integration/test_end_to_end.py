@@ -311,7 +311,8 @@ def test_every_setting_that_the_readme_names_composes(setting: str) -> None:
         except HydraException as error:
             refusals.append(str(error))
         except InputError as error:  # it composes; where the pictures are, only its user can say
-            assert "is not given: add" in str(error)
+            if "is not given: add" not in str(error):
+                raise
     assert len(refusals) < len(needed), refusals
 
 
