@@ -9,7 +9,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -540,14 +539,23 @@ def test_every_epoch_and_validation_has_what_it_should(
 # Several ranks
 
 
-def on_rank(data: CaptionDataModule, rank: int, world: int) -> Any:
-    data.trainer = SimpleNamespace(
-        global_rank=rank,
-        world_size=world,
-        current_epoch=0,
-        strategy=SimpleNamespace(root_device=torch.device("cpu")),
-    )
-    return data
+class OnRank:
+    """The loaders of one of several processes."""
+
+    def __init__(self, data: CaptionDataModule, rank: int, world: int) -> None:
+        self.data, self.rank, self.world = data, rank, world
+
+    def train_dataloader(self) -> Any:
+        return self._made(self.data.train_dataloader)
+
+    def val_dataloader(self) -> Any:
+        return self._made(self.data.val_dataloader)
+
+    def _made(self, loader: Callable[[], Any]) -> Any:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("efficap.data.module.rank", lambda: self.rank)
+            patch.setattr("efficap.data.module.world_size", lambda: self.world)
+            return loader()
 
 
 @pytest.mark.parametrize("sizes", [(5, 1, 7), (1, 1, 1), (9, 0, 2)])
@@ -558,7 +566,7 @@ def test_ranks_share_uneven_shards_without_loss(sizes: tuple[int, ...], world: i
         write_tar(tmp_path / "train" / f"{shard}.tar", members or sample("bad", "x", b""))
     write_tar(tmp_path / "val" / "v.tar", samples(*(f"v{n}" for n in range(5))))
     ranks = [
-        on_rank(from_shards(tmp_path, "data.batch_size=2", "data.max_bad_fraction=1"), rank, world)
+        OnRank(from_shards(tmp_path, "data.batch_size=2", "data.max_bad_fraction=1"), rank, world)
         for rank in range(world)
     ]
     for epoch in range(2):
@@ -577,7 +585,7 @@ def test_a_rank_whose_batch_is_gone_repeats_one_so_that_all_take_the_same_steps(
     tar = write_tar(tmp_path / "train" / "t.tar", samples(*"01234567"))
     write_tar(tmp_path / "val" / "v.tar", samples("v"))
     ranks = [
-        on_rank(from_shards(tmp_path, "data.batch_size=1", "data.max_bad_fraction=1"), rank, 2)
+        OnRank(from_shards(tmp_path, "data.batch_size=1", "data.max_bad_fraction=1"), rank, 2)
         for rank in range(2)
     ]
     order = ids(ranks[1].train_dataloader())

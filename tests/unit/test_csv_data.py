@@ -242,6 +242,36 @@ def test_pictures_that_break_in_mid_training_are_left_out_or_named(colour_table:
         picture.write_bytes(whole)
 
 
+@pytest.mark.parametrize("places", [(0,), (5,), (7,), (0, 1, 7)])
+def test_an_epoch_has_the_batches_that_its_length_says_though_nothing_is_left_of_some(
+    places: tuple[int, ...], colour_table: Path
+) -> None:
+    data = data_module(colour_table, "data.max_bad_fraction=1", "data.batch_size=1")
+    loader = data.train_dataloader()
+    order = [batch.image_ids[0] for batch in loader.of_epoch(0)]
+    for place in places:
+        (colour_table / "images" / order[place]).write_bytes(b"")
+    found = [batch.image_ids[0] for batch in loader.of_epoch(0)]
+    assert (
+        len(found) == len(loader) == 8
+    )  # Lightning's epoch ends with the last of them, and is validated then
+    assert set(found) == {image_id for place, image_id in enumerate(order) if place not in places}
+
+
+def test_an_evaluation_passes_over_batches_of_which_nothing_is_left(colour_table: Path) -> None:
+    data = data_module(colour_table, "data.max_bad_fraction=1", "data.batch_size=1")
+    (colour_table / "images" / "val_2.jpg").write_bytes(b"")
+    assert [batch.image_ids for batch in data.val_dataloader()] == [[f"val_{n}.jpg"] for n in (0, 1, 3)]
+
+
+def test_data_of_which_nothing_can_be_used_are_refused(colour_table: Path) -> None:
+    data = data_module(colour_table, "data.max_bad_fraction=1")
+    for picture in (colour_table / "images").glob("train_*"):
+        picture.write_bytes(b"")
+    with pytest.raises(InputError, match=r"nothing of 2 batches can be used: 8 \(empty 8\)"):
+        list(data.train_dataloader())
+
+
 def test_too_many_that_break_in_mid_training_stop_it(colour_table: Path) -> None:
     data = data_module(colour_table, "data.max_bad_fraction=0.2", "data.num_workers=1")
     for picture in (colour_table / "images").glob("train_*"):

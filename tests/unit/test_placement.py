@@ -11,7 +11,6 @@ from efficap.commands.placement import say_if_slow, used_precision
     ("asked", "emulated", "used", "said"),
     [
         ("bf16-mixed", True, "32-true", "trainer.precision=bf16-mixed is 32-true on this CPU"),
-        ("bf16-true", True, "bf16-true", "trainer.precision=32-true is faster"),
         ("bf16-mixed", False, "bf16-mixed", ""),
         ("32-true", True, "32-true", ""),
         (None, True, "32-true", ""),

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.loggers import Logger
 
-from efficap.commands.placement import choose_device
+from efficap.commands.placement import training_device
 from efficap.commands.stages import naming
 from efficap.commands.stopped import explained
 from efficap.commands.trainer import build_callbacks, build_trainer, fitting
@@ -18,12 +18,13 @@ from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import processes_of
+from efficap.training.checkpoints import data_state
 from efficap.training.feature_cache import cache_features
 from efficap.training.objective import build_module
 from efficap.training.run_metrics import RunMetrics
 from efficap.training.stage import Stage
 from efficap.training.summary import print_summary
+from efficap.training.trainer_data import TrainerData
 
 Settings = dict[str, Any]
 
@@ -50,10 +51,10 @@ def fit(
         data: of each stage, prepared.
     """
     names, before = list(stages), None
-    if checkpoint:
-        begun_by = processes_of(checkpoint, data[stage.name])
+    if checkpoint and (state := data_state(checkpoint, data[stage.name])):
+        data[stage.name].load_state_dict(state)
         for its_data in data.values():
-            its_data.begun_by = begun_by
+            its_data.begun_by = data[stage.name].begun_by
     if len(names) > 1:
         print(f"{len(names)} stages: {', '.join(map(str, names))}")
     while True:
@@ -75,7 +76,7 @@ def fit(
             some_rest=cfg["training"].get("unfreeze_encoder_at") is not None,
         )
         with explained(cfg), naming(stage.name), fitting():
-            trainer.fit(module, datamodule=its_data, ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, datamodule=TrainerData(its_data), ckpt_path=checkpoint, weights_only=True)
         if stage.is_last:
             return
         stage = stage.next(names, steps=trainer.global_step, epochs=trainer.current_epoch)
@@ -98,7 +99,7 @@ def make_ready(captioner: CaptionModel, cfg: Settings, data: CaptionData) -> Non
             data,
             name=cfg["model"]["encoder"]["name"],
             preprocessing=preprocessing(cfg["model"]),
-            device=choose_device(cfg["trainer"]["accelerator"]),
+            device=training_device(cfg["trainer"]),
         )
 
 

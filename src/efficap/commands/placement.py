@@ -28,6 +28,12 @@ def choose_device(accelerator: str) -> torch.device:
     return torch.device("mps" if mps else "cpu")
 
 
+def training_device(trainer: dict[str, Any]) -> torch.device:
+    """The one that conf/trainer's values choose for this process."""
+    device, devices = choose_device(trainer["accelerator"]), trainer["devices"]
+    return torch.device("cuda", devices[0]) if device.type == "cuda" and isinstance(devices, list) else device
+
+
 def check_accelerator(setting: str, accelerator: str) -> None:
     """Raises InputError where `accelerator` is unknown, or a GPU that is not there."""
     known = ("auto", "cpu", "gpu")
@@ -57,7 +63,10 @@ def choose_precision(precision: str | None, device: torch.device) -> torch.dtype
         on_gpu = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         return torch.bfloat16 if on_gpu else torch.float32
     if device.type == "cpu" and bfloat16_is_slow():
-        _say_slow("precision=bfloat16", "precision=float32")
+        print(
+            f"precision=bfloat16 is slow on this CPU, {_NO_BFLOAT16}; precision=float32 is faster",
+            file=sys.stderr,
+        )
     return torch.bfloat16
 
 
@@ -77,17 +86,10 @@ def used_precision(trainer: dict[str, Any]) -> Any:
 
 def say_if_slow(trainer: dict[str, Any]) -> None:
     """Say on stderr that this CPU does not compute in the bfloat16 that was asked for, where it does not."""
-    asked = str(trainer["precision"])
-    if asked.startswith("bf16") and _is_slow_in_bfloat16(trainer):
-        if used_precision(trainer) == "32-true":
-            print(f"trainer.precision={asked} is 32-true on this CPU, {_NO_BFLOAT16}", file=sys.stderr)
-        else:
-            _say_slow(f"trainer.precision={asked}", "trainer.precision=32-true")
+    asked = trainer["precision"]
+    if asked == "bf16-mixed" and used_precision(trainer) != asked:
+        print(f"trainer.precision={asked} is 32-true on this CPU, {_NO_BFLOAT16}", file=sys.stderr)
 
 
 def _is_slow_in_bfloat16(trainer: dict[str, Any]) -> bool:
     return bool(choose_device(trainer["accelerator"]).type == "cpu" and bfloat16_is_slow())
-
-
-def _say_slow(asked: str, faster: str) -> None:
-    print(f"{asked} is slow on this CPU, {_NO_BFLOAT16}; {faster} is faster", file=sys.stderr)

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from PIL import Image
 
 from efficap.batch import CaptionBatch
 from efficap.data.loader import CheckedLoader, Place, Placed
 from efficap.errors import InputError
-from efficap.ranks import rank, world_size
+from efficap.ranks import world_size
 from efficap.tokenizer import CaptionTokenizer
 
 
-class CaptionData(pl.LightningDataModule, ABC):
+class CaptionData(ABC):
     """What training, evaluation and captioning ask of data.
 
     Attributes:
         captions_per_image: K.
         max_tokens: longest caption in tokens, BOS and EOS counted.
         batch_size: B of one process.
+        device: that batches are computed on, so that they can be made ready for it.
         first_epoch: of the training's, that its trainer counts as 0: the order goes on from the stages before.
         begun_by: processes that the training was begun with, whose batches together are a step's; None: those of now.
     """
@@ -32,34 +32,43 @@ class CaptionData(pl.LightningDataModule, ABC):
     captions_per_image: int
     max_tokens: int
     batch_size: int
+    device: torch.device = torch.device("cpu")
     first_epoch: int = 0
     begun_by: int | None = None
+    _current_epoch: Callable[[], int] | None = None  # the trainer's
     _resumed: Place | None = None  # where the first epoch after resuming goes on
     _training: Placed | None = None  # the loader of the training
 
+    def prepare_data(self) -> None:  # noqa: B027  # most find them there
+        """Write the files that are to be read, where they are not there yet; by one process at a time."""
+
+    def begin(self, device: torch.device, current_epoch: Callable[[], int]) -> None:
+        """A training begins, before any loader is asked for.
+
+        Args:
+            current_epoch: tells which of its epochs its trainer is in, 0 ….
+        """
+        self.device, self._current_epoch = device, current_epoch
+
+    def end(self) -> None:
+        """It has ended; processes that load end with their loader."""
+        self._training = self._current_epoch = None
+
     def state_dict(self) -> dict[str, Any]:
-        """Where training is in the data; Lightning keeps it in its checkpoints."""
+        """Where training is in the data, for its checkpoints."""
         place = list(self._training.place) if self._training is not None else [0, 0]
-        return {"place": place, "processes": self.begun_by or self._ranks[1]}
+        return {"place": place, "processes": self.begun_by or world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there; before a training begins."""
         epoch, batch = state_dict["place"]
-        self._resumed = (epoch, batch)
-
-    def teardown(self, stage: str) -> None:
-        """Called by Lightning at the end; processes that load end with their loader."""
-        self._training = self.trainer = None
+        self._resumed, self.begun_by = (epoch, batch), state_dict.get("processes")
 
     def _next_place(self) -> Place:
         """The epoch and the batch that the next iteration of the training begins with."""
         place, self._resumed = self._resumed, None
-        epoch = self.first_epoch + (self.trainer.current_epoch if self.trainer else 0)
+        epoch = self.first_epoch + (self._current_epoch() if self._current_epoch else 0)
         return place if place is not None and place[0] == epoch else (epoch, 0)
-
-    @property
-    def _ranks(self) -> tuple[int, int]:
-        """This process's rank, and the number of ranks."""
-        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer else (rank(), world_size())
 
     def training_batch(self, epoch: int, first: int, image_ids: list[str]) -> CaptionBatch:
         """A batch of the training once more: of `epoch`, its batch `first` or the next one of these pictures.
@@ -96,6 +105,10 @@ class CaptionData(pl.LightningDataModule, ABC):
         """
 
     @abstractmethod
+    def train_dataloader(self) -> Placed:
+        """An epoch of the prepared training split at each iteration."""
+
+    @abstractmethod
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
         """Every picture of a prepared split once, in turn, as evaluation sees it, with all its references."""
 
@@ -125,7 +138,3 @@ class CaptionData(pl.LightningDataModule, ABC):
 
     def val_dataloader(self) -> CheckedLoader:
         return self.evaluation_dataloader("val")
-
-    def transfer_batch_to_device(self, batch: CaptionBatch, device: torch.device, _: int) -> CaptionBatch:
-        """Called by Lightning; from page-locked memory the copy overlaps with the step before."""
-        return batch.to(device, non_blocking=device.type == "cuda")

@@ -271,7 +271,7 @@ class CSVDataModule(CaptionDataModule):
             batch_sampler=order,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
-            pin_memory=self._device.type == "cuda",
+            pin_memory=self.device.type == "cuda",
             collate_fn=images.collate,
         )
         return self._checked_loader(loader, order)

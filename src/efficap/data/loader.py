@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -25,18 +26,23 @@ class Placed(Protocol):
 
     place: Place
 
+    def __iter__(self) -> Iterator[CaptionBatch]: ...
+
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]: ...
 
 
 class CheckedLoader:
     """Batches whose bad samples are counted; too many of them are an `InputError`.
 
+    There are as many as its length says, by which the trainer knows the end of an epoch and processes take the same
+    number of steps: for a batch of which nothing is left another comes twice. A process that evaluates alone passes
+    it over.
+
     Args:
         batches: what it wraps; their order is `order`.
         order: told the epoch as it begins: Lightning restores it only after the loaders are made.
         bad_samples: the counts.
-        world: ranks. Where there are several, a batch of which nothing is left is replaced by the one before, as they
-            must all take the same number of steps.
+        world: ranks.
         place: the epoch and its first batch that the next iteration begins with.
 
     Attributes:
@@ -65,19 +71,24 @@ class CheckedLoader:
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
         """The batches of an epoch from batch `first` on."""
+        is_training = isinstance(self.order, BatchOrder)
         if isinstance(self.order, BatchOrder):
             self.order.epoch, self.order.first = epoch, first
-        last = None
+        last, owed = None, 0  # batches at the start of which nothing is left
         for number, (batch, bad) in enumerate(self.batches, start=first):
             self.place = (epoch, number + 1)
             for name, reason, detail in bad:
                 self.bad_samples.add(name, reason, detail)
             if bad:
                 self.bad_samples.check()
-            if batch is not None:
-                last = batch
-            elif self.world == 1:
-                continue
-            if last is None:
-                raise InputError(f"nothing of the first batch can be used: {self.bad_samples}")
-            yield last
+            if batch is None and last is None:
+                owed += 1
+            elif batch is not None or is_training or self.world > 1:
+                last = last if batch is None else batch
+                assert last is not None
+                yield last
+        if owed and last is None:
+            reason = self.bad_samples or "data.text leaves no caption of them"
+            raise InputError(f"nothing of {owed:,} batches can be used: {reason}")
+        if last is not None and (is_training or self.world > 1):
+            yield from itertools.repeat(last, owed)

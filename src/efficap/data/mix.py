@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from efficap.data.caption_data import CaptionData
@@ -69,6 +70,16 @@ class MixedDataModule(CaptionData):
         for source in self._all():
             source.prepare_data()
 
+    def begin(self, device: torch.device, current_epoch: Callable[[], int]) -> None:
+        super().begin(device, current_epoch)
+        for source in self._all():
+            source.begin(device, current_epoch)
+
+    def end(self) -> None:
+        super().end()
+        for source in self._all():
+            source.end()
+
     def training_captions(self) -> Iterable[str]:
         return itertools.chain.from_iterable(source.training_captions() for source in self.sources.values())
 
@@ -103,10 +114,9 @@ class MixedDataModule(CaptionData):
         return used if self.evaluated in used else [*used, self.evaluated]
 
     def train_dataloader(self) -> MixedLoader:
-        for source in self._all():
-            source.trainer, source.begun_by = self.trainer, self.begun_by
+        for source in self.sources.values():
+            source.begun_by = self.begun_by
         loaders = {name: source.train_dataloader() for name, source in self.sources.items()}
-
         if self.epochs is not None:
             loader: MixedLoader = InTurnLoader(loaders, self.epochs, self._next_place)
         else:
@@ -115,13 +125,7 @@ class MixedDataModule(CaptionData):
         self._training = loader
         return loader
 
-    def teardown(self, stage: str) -> None:
-        super().teardown(stage)
-        for source in self._all():
-            source.teardown(stage)
-
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
-        self.evaluated.trainer = self.trainer
         return self.evaluated.evaluation_dataloader(split)
 
     def picture(self, split: str, image_id: str) -> Path | Image.Image:

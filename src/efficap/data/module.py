@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from efficap.data.bad_samples import BadSamples
 from efficap.data.caption_data import CaptionData
 from efficap.data.loader import Batches, CheckedLoader
@@ -18,6 +16,7 @@ from efficap.data.order import BatchOrder, EvaluationOrder, Order
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
+from efficap.ranks import is_first, rank, world_size
 from efficap.tokenizer import CaptionTokenizer
 
 _log = logging.getLogger(__name__)
@@ -141,29 +140,25 @@ class CaptionDataModule(CaptionData):
     def left_out(self) -> dict[str, int]:
         return dict(self.bad_samples.counts)
 
-    @property
-    def _device(self) -> torch.device:
-        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
-
     def _training_order(self, order: Order) -> BatchOrder:
-        rank, world = self._ranks
         batches = BatchOrder(
             order,
             batch_size=self.batch_size,
-            rank=rank,
-            world=world,
+            rank=rank(),
+            world=world_size(),
             steps_per_epoch=self.steps_per_epoch,
             begun_by=self.begun_by,
         )
-        if batches.lost and rank == 0:
+        if batches.lost and is_first():
             _log.warning(
-                "%d samples an epoch are left over: %d processes cannot share them", batches.lost, world
+                "%d samples an epoch are left over: %d processes cannot share them",
+                batches.lost,
+                world_size(),
             )
         return batches
 
     def _evaluation_order(self, size: int) -> EvaluationOrder:
-        rank, world = self._ranks
-        return EvaluationOrder(size, batch_size=self.batch_size, rank=rank, world=world)
+        return EvaluationOrder(size, batch_size=self.batch_size, rank=rank(), world=world_size())
 
     def _checked_loader(self, batches: Batches, order: BatchOrder | EvaluationOrder) -> CheckedLoader:
         is_training = isinstance(order, BatchOrder)
@@ -171,7 +166,7 @@ class CaptionDataModule(CaptionData):
             batches,
             order,
             self.bad_samples,
-            world=self._ranks[1],
+            world=world_size(),
             place=self._next_place if is_training else lambda: (0, 0),
         )
         if is_training:

@@ -193,7 +193,7 @@ class WebDatasetDataModule(CaptionDataModule):
             batch_size=order.largest,
             num_readers=max(1, self.num_workers),
             num_threads=self.num_threads,
-            device=self._device,
+            device=self.device,
         )
         return self._checked_loader(batches, order)
 

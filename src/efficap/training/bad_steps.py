@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.batch import CaptionBatch
-from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import CaptionModule, gradient_norm, whole
 from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
+from efficap.training.trainer_data import TrainerData
 
 FOLDER = "bad_batch"  # in a run directory
 
@@ -160,13 +160,13 @@ class BadSteps(Callback):
     ) -> None:
         if not isinstance(exception, TooManyBadStepsError):
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, CaptionData)
+        its_data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(its_data, TrainerData)
         assert isinstance(pl_module, CaptionModule)
         first = trainer.global_rank * len(self._offending)
         try:
             for number, (epoch, place, image_ids) in enumerate(self._offending, start=first):
-                batch = data.training_batch(epoch, place, list(image_ids))
+                batch = its_data.data.training_batch(epoch, place, list(image_ids))
                 write_batch(batch, self.folder, number, pl_module.writer.tokenizer)
         except (OSError, RuntimeError, InputError) as error:
             warnings.warn(f"the bad batch could not be written: {error}", stacklevel=1)

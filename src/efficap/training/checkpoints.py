@@ -13,6 +13,7 @@ from torch import Tensor
 from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.training.stage import Stage
+from efficap.training.trainer_data import TrainerData
 
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
@@ -68,13 +69,14 @@ def stage_of(checkpoint: Path) -> Stage:
         raise InputError(f"{checkpoint} was written by another version: {error}") from error
 
 
-def processes_of(checkpoint: Path, data: CaptionData) -> int | None:
-    """The processes that the training was begun with; None where they were not counted yet.
+def data_state(checkpoint: Path, data: CaptionData) -> dict[str, Any] | None:
+    """`CaptionData.state_dict` as it was; None where it was not kept yet.
 
-    Lightning restores the data after the loaders are made, where weights are in shards.
+    Lightning itself restores it after the loaders are made, where weights are in shards.
     """
-    found: int | None = read_checkpoint(checkpoint).get(type(data).__qualname__, {}).get("processes")
-    return found
+    content = read_checkpoint(checkpoint)
+    found: dict[str, Any] | None = content.get(TrainerData.__qualname__)
+    return found or content.get(type(data).__qualname__)  # where earlier versions kept it
 
 
 def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:

@@ -17,13 +17,13 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from efficap.batch import CaptionBatch
-from efficap.data.caption_data import CaptionData
 from efficap.evaluation.report import plot_curves
 from efficap.evaluation.results import replacing
 from efficap.ranks import summed
 from efficap.training.module import CaptionModule
 from efficap.training.progress import METRICS_FILE
 from efficap.training.stage import Stage
+from efficap.training.trainer_data import TrainerData
 from efficap.training.writing import only_warning, or_the_end
 
 CURVES_SECONDS = 30.0  # at least, between two drawings of curves.png but the last: each takes half a second
@@ -83,7 +83,7 @@ class RunMetrics(Callback):
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
             pl_module.log("train/bad_steps", self.bad_steps.float())
-            pl_module.log("train/memory_gib", _peak_memory() / 2**30)
+            pl_module.log("train/memory_gib", _peak_memory(pl_module.device) / 2**30)
             assert isinstance(pl_module, CaptionModule)
             pl_module.log("train/progress", pl_module.progress(trainer.global_step))
 
@@ -134,7 +134,7 @@ class RunMetrics(Callback):
                 plot_curves(self.run_dir / "metrics.csv", self.run_dir / "curves.png")
             self._drawn_at = time.monotonic()
         parameters = list(trainer.lightning_module.parameters())
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        its_data = trainer.datamodule  # type: ignore[attr-defined]
         # Scores of other stages are of other data, and of weights that this one has gone on from.
         history = [entry for entry in self.history if (entry["step"] or 0) > self.stage.steps]
         metrics = {
@@ -146,7 +146,7 @@ class RunMetrics(Callback):
             "bad_steps": int(self.bad_steps),
             "pairs_per_second": int(self.pairs or 0) / max(self.seconds, 1e-9),
             "training_seconds": self.seconds,
-            "left_out": data.left_out() if isinstance(data, CaptionData) else {},
+            "left_out": its_data.data.left_out() if isinstance(its_data, TrainerData) else {},
             "parameters": sum(p.numel() for p in parameters),
             "trained_parameters": sum(p.numel() for p in parameters if p.requires_grad),
             "best": max(reversed(history), key=lambda entry: entry.get("val/CIDEr") or 0.0, default=None),
@@ -160,9 +160,9 @@ class RunMetrics(Callback):
             file.write((json.dumps(metrics, indent=2) + "\n").encode())
 
 
-def _peak_memory() -> int:
-    """The most bytes so far: of the GPU's tensors, or, without one, of this process in main memory."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
+def _peak_memory(device: torch.device) -> int:
+    """The most bytes so far: of the GPU's tensors, or, elsewhere, of this process in main memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
