@@ -79,6 +79,7 @@ def test_hidden_captions_of_a_picture_are_read_once_with_the_loss_and_the_gradie
     lengths = torch.tensor([[4, 9, 6], [9, 5, 0], [3, 4, 7], [8, 8, 8]])
     tokens = torch.randint(3, 97, (4, 3, 9))
     tokens[..., 0] = 1
+    tokens[1, 2] = 2  # padding: there is no such caption
     batch = CaptionBatch(images, tokens, lengths, list("abcd"))
     is_hidden = torch.tensor([[1, 0, 1], [1, 1, 1], [0, 0, 0], [0, 1, 1]], dtype=torch.bool)
     read = hide_words(batch.tokens[..., :-1], is_hidden)

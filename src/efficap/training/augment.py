@@ -84,6 +84,8 @@ def read_once(
     row = torch.where(is_hidden, 0, any_hidden + (~is_hidden).cumsum(dim=1) - 1)  # (B, K), among the k
     fewer = read.new_zeros(len(read), int(row.max()) + 1, length)
     fewer.scatter_(1, row[..., None].expand_as(read), read)
+    # Of captions that are not there, which may be hidden as well, nothing but padding was written.
+    fewer[:, 0] = torch.where(any_hidden, read[:, 0, :1], fewer[:, 0])
     row += fewer.shape[1] * torch.arange(len(row), device=row.device)[:, None]
     moved = row.flatten()[places // length] * length + places % length
     moved, order = moved.sort()
