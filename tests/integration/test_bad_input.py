@@ -72,6 +72,14 @@ MISTAKES = {
     "trainer.log_every_n_steps=0": r"error: trainer.log_every_n_steps=0 must be a whole number of at least 1",
     "trainer.val_check_interval=0": r"error: trainer.val_check_interval=0 must be above 0; null: the end of each epoch",
     "trainer.limit_train_batches=0.0": r"error: trainer.limit_train_batches=0.0 must be above 0; null: all",
+    "trainer.precision=bf16-true": r"error: trainer.precision=bf16-true must be 32-true, bf16-mixed, 16-mixed, or null",
+    "+trainer.gradient_clip_algorithm=value": r"error: trainer.gradient_clip_algorithm=value: .*optimizer.clip_value",
+    "+optimizer.amsgrad=true": r"error: optimizer.amsgrad is no setting; there are lr, betas",
+    "+optimizer.momentum=0.9": r"error: optimizer.momentum=0.9 is Muon's, .*choose optimizer=muon",
+    "+model.bridge.relative=true": r"error: model.bridge.relative is no setting; there are n_blocks, n_heads, dropout",
+    "model.encoder.weights_file=w.pth": (
+        r"error: model.encoder.weights_file=w.pth is not read with model.encoder.pretrained=false; add"
+    ),
     "data._target_=[1]": r"error: data._target_=\[1\] must be text",
     "data.image_dir=a[b]c": r"error: data.image_dir=a\[b\]c cannot be read; put a value .* in inner quotes",
 }

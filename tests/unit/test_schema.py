@@ -9,7 +9,7 @@ from conftest import compose
 
 from efficap.commands.entry import CONF
 from efficap.commands.kinds import Form, check_form
-from efficap.commands.schema import CAPTION, DEMO, EVAL, STAGE, TRAIN, check_data
+from efficap.commands.schema import CAPTION, DEMO, EVAL, MODEL, OPTIMIZER, STAGE, TRAIN, check_data
 from efficap.errors import InputError
 
 PLACES = {
@@ -31,6 +31,7 @@ def training(*overrides: str) -> dict[str, Any]:
         *([f"model={file.stem}"] for file in sorted((CONF / "model").glob("*.yaml"))),
         *([f"data={name}", *places] for name, places in PLACES.items()),
         ["training=scst"],
+        ["optimizer=muon"],
         *([f"trainer={file.stem}"] for file in sorted((CONF / "trainer").glob("*.yaml"))),
         ["experiment=demo"],
         ["experiment=size_comparison"],
@@ -41,6 +42,8 @@ def test_the_defaults_of_a_training_are_of_their_form(overrides: list[str]) -> N
     cfg = training(*overrides)
     check_form(cfg, TRAIN)
     check_form(cfg, STAGE)
+    check_form(cfg["model"], MODEL, exact=True)
+    check_form(cfg["optimizer"], OPTIMIZER, exact=True)
     check_data(cfg["data"])
 
 

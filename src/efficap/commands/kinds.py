@@ -30,23 +30,26 @@ _HUGE = 1e30  # above it, and of nan, nothing can be computed
 Form = Mapping[str, "Kind | Form"]
 
 
-def check_form(settings: Any, form: Form, where: str = "") -> None:
-    """Check settings against their form; those that it does not name are passed over.
+def check_form(settings: Any, form: Form, where: str = "", *, exact: bool = False) -> None:
+    """Check settings against their form.
 
     Args:
         where: what their names begin with, such as ``optimizer.``.
+        exact: whether there may be none that it does not name; otherwise these are passed over.
 
     Raises:
-        InputError: a setting is missing or of another kind.
+        InputError: a setting is missing, of another kind, or one that nothing reads.
     """
     if not isinstance(settings, dict):
         first = f", such as {where}{next(iter(form))}=VALUE" if form else ""
         raise InputError(f"{where.removesuffix('.')}={_shown(settings)} must be a mapping of settings{first}")
+    if exact and (unknown := sorted(map(str, settings.keys() - form.keys()))):
+        raise InputError(f"{where}{unknown[0]} is no setting; there are {', '.join(form)}")
     for name, kind in form.items():
         if not isinstance(kind, Kind):
             if name not in settings:
                 raise InputError(f"{where}{name} is missing; leave out what removes it")
-            check_form(settings[name], kind, f"{where}{name}.")
+            check_form(settings[name], kind, f"{where}{name}.", exact=exact)
         elif name not in settings:
             if not kind.optional:
                 raise InputError(f"{where}{name} is missing; it must be {kind.says}")

@@ -52,7 +52,7 @@ _BRIDGE: Form = {
     "n_heads": or_null(whole(1, _WIDEST)),
     "dropout": number(0, 1),
 }
-_MODEL: Form = {
+MODEL: Form = {
     "image_size": whole(1, 4096),
     "pretrained": FLAG,
     "arithmetic": optional(TEXT),
@@ -71,7 +71,7 @@ _MODEL: Form = {
     "lr": {"encoder": number(), "bridge": number(), "decoder": number()},
 }
 
-_OPTIMIZER: Form = {
+OPTIMIZER: Form = {
     "lr": {"encoder": number(), "bridge": number(), "decoder": number()},
     "betas": list_of(number(0, 0.999999), "two numbers from 0 to below 1", 2),
     "eps": number(0),
@@ -136,10 +136,10 @@ TRAIN: Form = {
     "compile": FLAG,
     "gradient_checkpointing": FLAG,
     "output_dir": PATH,
-    "model": _MODEL,
+    "model": MODEL,
     "data": {},
     "training": _TRAINING,
-    "optimizer": _OPTIMIZER,
+    "optimizer": OPTIMIZER,
     "decoding": _DECODING,
     "trainer": _TRAINER,
     "logger": or_null(SETTINGS),
@@ -150,7 +150,7 @@ TRAIN: Form = {
 STAGE: Form = {
     "data": {"_target_": optional(TEXT)},
     "training": _TRAINING,
-    "optimizer": _OPTIMIZER,
+    "optimizer": OPTIMIZER,
     "trainer": _TRAINER,
 }
 
@@ -158,7 +158,7 @@ STAGE: Form = {
 RUN: Form = {
     "name": NAME,
     "model": {
-        **_MODEL,
+        **MODEL,
         "encoder": {
             **_ENCODER,
             "mean": _COLOUR,

@@ -24,7 +24,7 @@ from efficap.commands.processes import check_processes, check_sharding, requeue
 from efficap.commands.resume import check_limits, is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, write_run
 from efficap.commands.saved_parts import DATA_MODULES
-from efficap.commands.schema import STAGE, TRAIN, check_data
+from efficap.commands.schema import MODEL, OPTIMIZER, STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
 from efficap.commands.stopped import way_on
@@ -55,6 +55,7 @@ def train(cfg: dict[str, Any]) -> Path:
     """
     leave_out_lightnings_chatter()
     check_form(cfg, TRAIN)
+    check_form(cfg["model"], MODEL, "model.", exact=True)
     join(gpu=cfg["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available())
     asked = Path(cfg["output_dir"])
     with recorded(asked):
@@ -89,6 +90,7 @@ def check_settings(cfg: dict[str, Any]) -> None:
         InputError: a value that is none, out of range, or does not go with another.
     """
     check_form(cfg, STAGE)
+    check_form(cfg["optimizer"], OPTIMIZER, "optimizer.", exact=True)
     if cfg["data"].get("_target_") in DATA_MODULES:  # one of the user's own knows its settings
         check_data(cfg["data"])
     check_trainer(cfg["trainer"])

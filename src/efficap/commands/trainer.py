@@ -27,6 +27,8 @@ from efficap.training.ema import ExponentialMovingAverage
 from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
 
+PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed")  # the weights stay float32
+
 
 def leave_out_lightnings_chatter() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -49,7 +51,12 @@ def leave_out_lightnings_chatter() -> None:
 
 
 def check_trainer(trainer: dict[str, Any]) -> None:
-    """Raises InputError where a time or a number of batches that Lightning only uses later is none."""
+    """Check what Lightning would only use later, and what it is not asked for.
+
+    Raises:
+        InputError: a time or a number of batches that is none, a precision whose weights are not float32, or another
+            way of clipping.
+    """
     for key, null in (
         ("max_time", "no limit"),
         ("val_check_interval", "the end of each epoch"),
@@ -60,6 +67,16 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             raise InputError(f"trainer.{key}={value} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours")
         if value is not None and not re.search("[1-9]", str(value)):
             raise InputError(f"trainer.{key}={value} must be above 0; null: {null}")
+    if trainer["precision"] not in PRECISIONS:
+        raise InputError(
+            f"trainer.precision={trainer['precision']} must be {', '.join(filter(None, PRECISIONS))}, or null for "
+            "bf16-mixed on a GPU that has it and 32-true elsewhere"
+        )
+    if trainer.get("gradient_clip_algorithm") not in (None, "norm"):
+        raise InputError(
+            f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']}: leave it out; "
+            "trainer.gradient_clip_val clips the norm, optimizer.clip_value each element"
+        )
 
 
 @contextlib.contextmanager

@@ -20,9 +20,14 @@ def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
     same model without network.
 
     Raises:
-        InputError: an unknown EfficientNet, or a GPT-2 that cannot be had.
+        InputError: an unknown EfficientNet, a GPT-2 that cannot be had, or a file of weights that is not to be read.
     """
     encoder, bridge, decoder = dict(model["encoder"]), dict(model["bridge"]), dict(model["decoder"])
+    if encoder["weights_file"] is not None and not encoder["pretrained"]:
+        raise InputError(
+            f"model.encoder.weights_file={encoder['weights_file']} is not read with model.encoder.pretrained=false; "
+            "add model.encoder.pretrained=true, or leave it out"
+        )
     spec = EncoderSpec.of(encoder["name"])
     for key in ("mean", "std", "interpolation", "crop_pct"):
         if encoder[key] is None:

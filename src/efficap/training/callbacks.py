@@ -154,14 +154,14 @@ class SampleCaptions(Callback):
         assert isinstance(pl_module, CaptionModule)
         stride = max(1, len(pl_module.predictions) // self.count)
         chosen = list(itertools.islice(pl_module.predictions, 0, stride * self.count, stride))
-        items = [
-            GalleryItem(
-                self.pictures(image_id), pl_module.predictions[image_id], pl_module.references[image_id]
-            )
-            for image_id in chosen
-        ]
         cider, step = float(trainer.callback_metrics["val/CIDEr"]), self.first_step + trainer.global_step
         with only_warning("sample captions"):
+            items = [
+                GalleryItem(
+                    self.pictures(image_id), pl_module.predictions[image_id], pl_module.references[image_id]
+                )
+                for image_id in chosen
+            ]
             write_gallery(
                 self.run_dir / "samples" / f"step_{step:07d}.html",
                 items,

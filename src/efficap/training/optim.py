@@ -121,7 +121,11 @@ def build_optimizer(
         InputError: a learning rate or a decay below 0, or a layer decay or a momentum outside 0 … 1.
     """
     check_optimizer(
-        lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, matrix_lr=matrix_lr, momentum=momentum
+        lr=lr,
+        weight_decay=weight_decay,
+        layer_decay=layer_decay,
+        matrix_lr=matrix_lr,
+        momentum=None if matrix_lr is None else momentum,
     )
     groups = parameter_groups(
         captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, matrix_lr=matrix_lr
@@ -149,10 +153,14 @@ def check_optimizer(
     layer_decay: float,
     clip_value: float | None = None,
     matrix_lr: float | None = None,
-    momentum: float = 0.0,
+    momentum: float | None = None,
     **_: Any,
 ) -> None:
-    """Raises InputError for a rate or a decay below 0, a layer decay or a momentum outside 0 … 1, or a clip of 0."""
+    """Check the values of conf/optimizer.
+
+    Raises:
+        InputError: a rate or a decay below 0, a layer decay or a momentum outside 0 … 1, AdamW's momentum, a clip of 0.
+    """
     rates = {
         **{f"lr.{part}": lr[part] for part in PARTS},
         "weight_decay": weight_decay,
@@ -161,7 +169,12 @@ def check_optimizer(
     for setting, value in rates.items():
         if value < 0:
             raise InputError(f"optimizer.{setting}={value} must be at least 0")
-    if not 0 <= momentum < 1:
+    if momentum is not None and matrix_lr is None:
+        raise InputError(
+            f"optimizer.momentum={momentum} is Muon's, and optimizer.matrix_lr is not given: choose optimizer=muon, or "
+            "optimizer.betas, AdamW's own"
+        )
+    if momentum is not None and not 0 <= momentum < 1:
         raise InputError(f"optimizer.momentum={momentum} must be at least 0 and below 1")
     if not 0 < layer_decay <= 1:
         raise InputError(f"optimizer.layer_decay={layer_decay} must be above 0 and at most 1; 1: no decay")
