@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -34,6 +35,22 @@ def test_what_is_too_late_is_left_to_itself() -> None:
     assert within(5, lambda: "next") == "next", "and its late answer is not taken for another's"
     never.set()
     assert within(5, lambda: "after") == "after"
+
+
+def test_an_interrupted_read_is_no_answer_to_the_next_one() -> None:
+    let_go = threading.Event()
+
+    def interrupt(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)  # as Ctrl-C
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    with pytest.raises(KeyboardInterrupt):
+        within(5, lambda: let_go.wait() and "first")
+    signal.signal(signal.SIGALRM, before)
+    let_go.set()  # and the first answer comes
+    assert within(5, lambda: "second") == "second"
+    assert within(5, lambda: "third") == "third"
 
 
 def test_a_thread_that_waits_does_not_keep_the_process() -> None:

@@ -35,6 +35,9 @@ def within(seconds: float | None, function: Callable[..., Result], *arguments: A
     except queue.Empty:
         _idle.reader = None
         raise TooSlowError(f"not read within {seconds:g} s") from None
+    except BaseException:  # an interruption: what comes yet is no answer to the next question
+        _idle.reader = None
+        raise
     if error is not None:
         raise error
     return result
