@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import compose, write_random_run
+from PIL import Image
 
 from efficap.demo.serve import build_service, listen, serve
 from efficap.errors import InputError
@@ -14,6 +17,11 @@ from efficap.errors import InputError
 
 def settings(*overrides: str) -> dict[str, Any]:
     return compose("demo", "accelerator=cpu", *overrides)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_random_run(tmp_path_factory.mktemp("demo_serve") / "run")
 
 
 def test_a_port_that_is_taken_is_named_before_anything_is_loaded() -> None:
@@ -38,6 +46,7 @@ def test_it_listens_to_this_machine_alone_unless_asked(capsys: pytest.CaptureFix
         ("run=missing", "run=missing does not exist"),
         ("run=[]", "run=.* names no run"),
         ("max_batch=0", "max_batch=0 must be above 0"),
+        ("limits.max_tokens=2", "limits.max_tokens=2 must be a whole number of at least 3"),
         ("examples=missing", "examples=missing is neither a file"),
     ],
 )
@@ -52,3 +61,52 @@ def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     service = build_service(settings(f"run=[{','.join(map(str, runs))}]"))
     assert list(service.captioners) == ["a-1", "b", "a-3"]
     assert [captioner.run.path for captioner in service.captioners.values()] == runs
+
+
+@pytest.mark.parametrize(
+    ("beams", "returned", "tokens", "expected"),
+    [
+        (4, 10, 20, {"beam": (4, 1), "diverse": (3, 3), "nucleus": (None, 1), "constrained": (4, 1)}),
+        (4, 2, 64, {"beam": (4, 1), "diverse": (3, 2), "constrained": (4, 1)}),
+        (1, 1, 3, {"greedy": (None, None), "beam": (1, 1), "diverse": (1, 1), "constrained": (1, 1)}),
+        (10, 10, 64, {"beam": (5, 1), "diverse": (6, 3), "constrained": (8, 1)}),
+    ],
+)
+def test_the_page_offers_decodings_that_keep_low_limits_and_captions_with_them(
+    beams: int,
+    returned: int,
+    tokens: int,
+    expected: dict[str, tuple[int | None, int | None]],
+    run: Path,
+    tmp_path: Path,
+) -> None:
+    gradio = pytest.importorskip(
+        "gradio", reason="the demo's packages are not installed: pip install 'efficap[demo]'"
+    )
+    from efficap.demo.page import build_page
+
+    limits = {"num_beams": beams, "num_return_sequences": returned, "max_tokens": tokens}
+    given = (f"limits.{name}={value}" for name, value in limits.items())
+    service = build_service(settings(f"run={run}", *given))
+    events = list(build_page(service, []).fns.values())
+    [choose] = [event for event in events if event.name == "choose"]
+    caption = next(event.fn for event in events if event.name == "caption")
+    for component in choose.outputs:
+        if isinstance(component, gradio.Slider):
+            assert component.minimum <= component.value <= component.maximum, component.label
+
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
+    asked: list[dict[str, Any]] = []
+    work = service._work
+    service._queue._work = lambda job, items: asked.append(json.loads(job.settings)) or work(job, items)
+
+    async def ask() -> None:
+        async with service.running():
+            for decoding in expected:
+                values = [update.get("value") for update in choose.fn(decoding)]
+                await caption({"path": str(tmp_path / "red.png")}, decoding, *values)
+
+    asyncio.run(ask())
+    found = [(each.get("num_beams"), each.get("num_return_sequences")) for each in asked]
+    assert dict(zip(expected, found, strict=True)) == expected
+    assert {each["max_tokens"] for each in asked} == {min(tokens, 32)}

@@ -259,9 +259,13 @@ DEMO: Form = {
     "precision": or_null(_PRECISION),
     **dict.fromkeys(("max_batch", "max_requests", "max_bytes", "max_pixels"), whole()),
     "max_seconds": number(),
-    "limits": dict.fromkeys(
-        ("num_beams", "num_return_sequences", "max_tokens", "phrases", "letters"), whole()
-    ),
+    "limits": {
+        "num_beams": whole(1),
+        "num_return_sequences": whole(1),
+        "max_tokens": whole(3),  # BOS, a word and EOS
+        "phrases": whole(0),
+        "letters": whole(0),
+    },
 }
 
 

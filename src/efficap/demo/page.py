@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from dataclasses import fields
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import gradio as gr
 from gradio import processing_utils
 
 from efficap.data.pictures import PictureError
-from efficap.decoding import METHODS
 from efficap.demo.batching import OverloadError
 from efficap.demo.figure import CSS as FIGURE_CSS
 from efficap.demo.figure import figure
@@ -29,8 +27,9 @@ CSS = FIGURE_CSS + ".run h3 { margin: 0 0 6px }"
 
 def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
     """The page, to be mounted; its events join the service's queue."""
-    runs = list(service.captioners)
-    defaults = {decoding: service.settings(runs[0], decoding, {}) for decoding in DECODINGS}
+    runs, limits = list(service.captioners), service.limits
+    first = service.captioners[runs[0]]  # a decoding that is named is the same for all
+    defaults = {decoding: limits.lowered(first.settings(decoding)) for decoding in DECODINGS}
     with gr.Blocks(title="efficap", analytics_enabled=False, delete_cache=(60, 600)) as page:
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
@@ -46,7 +45,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
                 decoding = gr.Dropdown(
                     [AS_TRAINED, *DECODINGS], value=AS_TRAINED, label="decoding", elem_id="decoding"
                 )
-                settings = _setting_components(service.limits)
+                settings = _setting_components(limits)
             with gr.Column(scale=2), gr.Row():
                 results = []
                 for number, run in enumerate(runs):
@@ -58,12 +57,10 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
             if uploaded is None:
                 return [""] * len(runs)
             method = None if chosen == AS_TRAINED else chosen
-            taken = _taken(defaults[method]["method"]) if method else []
-            changes = {
-                name: _as_setting(name, value)
-                for name, value in zip(settings, values, strict=True)
-                if name in taken
-            }
+            changes = dict(defaults[method]) if method else {}
+            for name, value in zip(settings, values, strict=True):
+                if name in changes:
+                    changes[name] = _as_setting(name, value)
             try:
                 with service.place():
                     data = await asyncio.to_thread(Path(uploaded["path"]).read_bytes)
@@ -78,7 +75,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
             own = defaults[chosen]
             return [
                 gr.update(visible=True, value=_as_shown(own[name]))
-                if name in _taken(own["method"])
+                if name in own
                 else gr.update(visible=False)
                 for name in settings
             ]
@@ -112,9 +109,14 @@ async def _refuse(url: str, cache_dir: str) -> str:
 
 
 def _setting_components(limits: Limits) -> dict[str, Any]:
-    """A component for each setting that is offered, by its name; hidden until a decoding that takes it is chosen."""
+    """A component for each setting that is offered, by its name; hidden until a decoding that takes it is chosen.
 
-    def slider(name: str, least: float, most: float, step: float) -> gr.Slider:
+    One that the limits leave no choice has none: Gradio has no slider of a single place.
+    """
+
+    def slider(name: str, least: float, most: float, step: float) -> gr.Slider | None:
+        if least == most:
+            return None
         return gr.Slider(least, most, step=step, label=name, visible=False, elem_id=name)
 
     def text(name: str, hint: str) -> gr.Textbox:
@@ -122,7 +124,7 @@ def _setting_components(limits: Limits) -> dict[str, Any]:
             label=name, placeholder=hint, max_length=limits.letters, visible=False, elem_id=name
         )
 
-    return {
+    components = {
         "num_beams": slider("num_beams", 1, limits.num_beams, 1),
         "num_return_sequences": slider("num_return_sequences", 1, limits.num_return_sequences, 1),
         "num_beam_groups": slider("num_beam_groups", 1, limits.num_beams, 1),
@@ -139,10 +141,7 @@ def _setting_components(limits: Limits) -> dict[str, Any]:
         "banned": text("banned", "words that stay out, with commas between; then Enter"),
         "prefix": text("prefix", "how every caption begins; then Enter"),
     }
-
-
-def _taken(method: str) -> list[str]:
-    return [field.name for field in fields(METHODS[method])]
+    return {name: component for name, component in components.items() if component is not None}
 
 
 def _as_setting(name: str, value: Any) -> Any:

@@ -36,6 +36,7 @@ FORMATS = (
     "BMP",
 )  # what the web uses; Pillow's readers of others are less watched
 DECODERS = 2  # pictures decoded at a time: each holds its pixels
+_COUNTS = ("num_beams", "num_return_sequences", "max_tokens")
 _WRITERS = 64  # kept, so that their batch size need not be found again
 
 
@@ -56,9 +57,23 @@ class Limits:
     phrases: int
     letters: int
 
+    def lowered(self, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings of a decoding, those that are beyond the limits lowered to what fits them and each other."""
+        fitting = dict(settings)
+        for name in _COUNTS:
+            if name in settings:
+                fitting[name] = min(settings[name], getattr(self, name))
+        if "num_beams" in fitting:
+            groups = fitting["num_beam_groups"] = min(fitting["num_beam_groups"], fitting["num_beams"])
+            fitting["num_beams"] -= fitting["num_beams"] % groups
+            fitting["num_return_sequences"] = min(fitting["num_return_sequences"], fitting["num_beams"])
+            if groups == 1:
+                fitting["diversity_penalty"] = 0.0  # nothing is left to differ from
+        return fitting
+
     def check(self, settings: dict[str, Any]) -> None:
         """Raises InputError where settings of a decoding ask for more."""
-        for name in ("num_beams", "num_return_sequences", "max_tokens"):
+        for name in _COUNTS:
             value, most = settings.get(name), getattr(self, name)
             if isinstance(value, int) and value > most:
                 raise InputError(f"{name}={value} must be at most {most} here")
