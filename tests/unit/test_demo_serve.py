@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from conftest import compose, write_random_run
 from PIL import Image
 
-from efficap.demo.serve import build_service, listen, serve
+from efficap.demo.serve import _names, build_service, listen, serve
 from efficap.errors import InputError
 
 
@@ -59,8 +60,22 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_random_run(tmp_path / name, f"name={name[0]}") for name in ("a1", "b", "a2")]
     service = build_service(settings(f"run=[{','.join(map(str, runs))}]"))
-    assert list(service.captioners) == ["a-1", "b", "a-3"]
+    assert list(service.captioners) == ["a-1", "b", "a-2"]
     assert [captioner.run.path for captioner in service.captioners.values()] == runs
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (["a", "a", "a-1"], ["a-2", "a-3", "a-1"]),
+        (["a-1", "a", "a-1", "a"], ["a-1-1", "a-2", "a-1-2", "a-3"]),
+        (["a-1-1", "a-1", "a-1"], ["a-1-1", "a-1-2", "a-1-3"]),
+        (["a", "b"], ["a", "b"]),
+    ],
+)
+def test_a_number_makes_no_name_that_a_run_has(trained: list[str], expected: list[str]) -> None:
+    runs = [SimpleNamespace(config={"name": name}) for name in trained]
+    assert _names(runs) == expected
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import socket
@@ -72,10 +73,15 @@ def build_service(cfg: dict[str, Any]) -> CaptionService:
 
 
 def _names(runs: list[RunDirectory]) -> list[str]:
-    """The names that the runs were trained under, with a number where several have the same."""
+    """The names that the runs were trained under; where several have the same, numbered so that no two are equal."""
     names = [str(run.config["name"]) for run in runs]
-    counts = Counter(names)
-    return [name if counts[name] == 1 else f"{name}-{number}" for number, name in enumerate(names, start=1)]
+    counts, given = Counter(names), list[str]()
+    for name in names:
+        if counts[name] > 1:
+            numbered = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(free for free in numbered if free not in counts and free not in given)
+        given.append(name)
+    return given
 
 
 def _packages() -> tuple[Any, Any]:
