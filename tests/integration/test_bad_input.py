@@ -14,6 +14,8 @@ import pytest
 import torch
 from conftest import tiny_overrides
 
+from efficap.commands.entry import CONF
+
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 
@@ -53,6 +55,7 @@ MISTAKES = {
         r"error: model.encoder.name=efficientnet_b0.ra_in1k: cannot load its pretrained weights .*"
         r"model.encoder.weights_file=FILE .*model.pretrained=false"
     ),
+    "data=cvs": r"error: data=cvs is not known; nearest: csv; there are csv, demo, mix, webdataset$",
     "data.table=none.csv": r"error: data.table=.*none.csv does not exist",
     "data.caption_column=text": r"error: data.table=.* has no column 'text', only 'file_name', 'caption', 'split'",
     "data.val_split=dev": r"error: data.val_split=dev: .* has no picture in that split; it has train \(8 pictures\)",
@@ -233,10 +236,61 @@ def test_a_sweep_over_what_is_not_there_is_told_in_one_line(
     assert stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("script", ["train.py", "eval.py", "caption.py"])
-def test_help_names_the_groups_and_the_commands(script: str, tmp_path: Path) -> None:
-    result = run_alone(script, "--help", cwd=tmp_path)
+DECODINGS = "decoding: beam, constrained, diverse, greedy, nucleus"
+
+
+@pytest.mark.parametrize(
+    ("command", "config", "choices"),
+    [
+        (
+            ["train.py"],
+            "train",
+            [
+                "model: large, medium, mini, small, tiny, xl",
+                "data: csv, demo, mix, webdataset",
+                "training: cross_entropy, scst",
+                "optimizer: adamw, muon",
+                DECODINGS,
+                "trainer: auto, cpu, ddp, fsdp, gpu",
+                "logger: csv, wandb",
+                "callbacks: default",
+                f"experiment: {', '.join(sorted(file.stem for file in (CONF / 'experiment').iterdir()))}",
+                "sweep: learning_rate",
+            ],
+        ),
+        (["eval.py"], "eval", [DECODINGS]),
+        (["caption.py"], "caption", [DECODINGS]),
+        (["-m", "efficap.demo"], "demo", []),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_help_has_a_commands_own_settings_with_their_comments_and_its_own_choices(
+    command: list[str], config: str, choices: list[str], tmp_path: Path
+) -> None:
+    script = [str(ROOT / part) if part.endswith(".py") else part for part in command]
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *script, "--help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert result.returncode == 0
-    assert "decoding: beam, constrained, diverse, greedy, nucleus" in result.stdout
-    assert "python eval.py run=" in result.stdout
+    lines = result.stdout.splitlines()
+    written = (CONF / f"{config}.yaml").read_text().splitlines()
+    start = next(place for place, line in enumerate(written) if re.match("(name|run):", line))
+    own = [line for line in written[start : written.index("hydra:")] if line]
+    assert lines[lines.index(own[0]) :][: len(own)] == own
+    after = lines[lines.index(own[-1]) + 1 :]
+    assert [line for line in after if re.match(r"\w+: \w+(, \w+)*$", line)] == choices
+    assert f"  python {' '.join(command)} " in result.stdout
+    assert ("shards" in lines[0]) == (config == "caption")
+    assert not re.search(r"\| +torch$", result.stderr, re.MULTILINE), "torch takes seconds to load"
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
+
+
+def test_help_lists_the_options_of_a_folder_of_the_users_own(tmp_path: Path) -> None:
+    (tmp_path / "decoding").mkdir()
+    (tmp_path / "decoding" / "mine.yaml").write_text("method: greedy\n")
+    result = run_alone("eval.py", f"--config-dir={tmp_path}", "--help", cwd=tmp_path)
+    assert "decoding: beam, constrained, diverse, greedy, mine, nucleus" in result.stdout

@@ -25,6 +25,7 @@ from hydra.errors import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from efficap.commands.command_help import options_of, settings_and_choices
 from efficap.commands.faults import cannot_be_written, dead_loader
 from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
@@ -49,6 +50,9 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
 
     # Kept with the configuration: a sweep's jobs in other processes have another command line.
     OmegaConf.register_new_resolver("command", _command, replace=True, use_cache=True)
+    OmegaConf.register_new_resolver(
+        "settings_and_choices", lambda name: settings_and_choices(CONF / f"{name}.yaml"), replace=True
+    )
     failed, begun, first = False, False, os.getpid()
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name=config_name)
@@ -229,7 +233,7 @@ def _keys(cfg: DictConfig) -> list[str]:
 
 def _unknown_option(asked: str, options: object) -> str:
     group, _, option = asked.rpartition("/")
-    known = [str(known) for known in options] if isinstance(options, (list, tuple)) else []
+    known = options_of([str(known) for known in options]) if isinstance(options, (list, tuple)) else []
     near = difflib.get_close_matches(option, known, n=3, cutoff=0.3)
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     return f"{group}={option} is not known{nearest}; there are {', '.join(known)}"
