@@ -187,6 +187,24 @@ def test_missing_pictures_are_named_before_training(
             ["run=.", "images=.", "batch_size=8"],
             "error: batch_size is no setting here; nearest: decoding.batch_size",
         ),
+        (
+            "eval.py",
+            ["run=.", "data=csv"],
+            (
+                "error: data=OPTION is for training; here the run's own data are used, which +data.table=FILE and "
+                "+data.image_dir=DIR change"
+            ),
+        ),
+        (
+            "eval.py",
+            ["run=.", "data.batch_size=8"],
+            "error: data.batch_size is to change the run's own data, so put + before it: +data.batch_size=VALUE",
+        ),
+        (
+            "caption.py",
+            ["run=.", "images=.", "data=csv"],
+            "error: data is for training and evaluation; what is captioned is images=PATH",
+        ),
         ("caption.py", ["run=."], "error: images is not given: add images=VALUE"),
         ("caption.py", ["run=.", "images=.", "~attention"], "error: attention is missing; it must be true,"),
         ("eval.py", ["run=.", "~run"], "error: run is missing; it must be a path"),

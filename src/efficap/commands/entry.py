@@ -213,7 +213,17 @@ def _unknown_setting(key: str, config_name: str) -> str:
             f"{key} belongs to a choice that is not made: add {group}=OPTION, one of {options}, or put + before "
             f"it to change the run's own: +{key}=VALUE"
         )
-    near = difflib.get_close_matches(key, known, n=3, cutoff=0.6)
+    if group == "data" and group not in cfg.hydra.runtime.choices:
+        if group in known and rest:  # of eval.py, open to what the run's own have
+            return f"{key} is to change the run's own data, so put + before it: +{key}=VALUE"
+        if group in known:
+            return (
+                "data=OPTION is for training; here the run's own data are used, which +data.table=FILE and "
+                "+data.image_dir=DIR change"
+            )
+        if "images" in known:
+            return f"{key} is for training and evaluation; what is captioned is images=PATH"
+    near = difflib.get_close_matches(key, [name for name in known if name != key], n=3, cutoff=0.6)
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     script = f"{config_name}.py"
     program = script if (CONF.parent / script).is_file() else f"-m efficap.{config_name}"
