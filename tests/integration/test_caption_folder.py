@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table
+from PIL import Image
 from started import Started
 
 from efficap.commands import caption as command
@@ -97,6 +98,17 @@ def test_a_killed_run_is_gone_on_with_and_gives_what_an_undisturbed_one_gives(
         "broken.jpg",
     ]
     assert (killed / "index.html").read_text().count("<img") == PICTURES
+
+
+def test_a_picture_that_is_too_narrow_gets_its_reason(run: Path, pictures: Path, tmp_path: Path) -> None:
+    images = tmp_path / "images"
+    images.mkdir()
+    shutil.copy(pictures / "train_0.jpg", images / "0.jpg")
+    Image.new("1", (4000, 1)).save(images / "1.png")
+    captioned, narrow = caption(compose("caption", *settings(run, images, tmp_path / "out")))
+    assert captioned.caption
+    assert narrow.error == "too narrow: 4000 x 1 pixels, the limit is 64 to 1"
+    assert [row["error"] for row in lines(tmp_path / "out")] == ["", narrow.error]
 
 
 def test_a_finished_folder_is_left_as_it_is(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 from conftest import compose, tiny_overrides, write_colour_table
+from PIL import Image
 from started import Started
 
 from efficap.commands.caption import caption
@@ -109,13 +111,18 @@ def test_broken_samples_and_shards_get_a_reason(run_and_shards: tuple[Path, Path
         for number, member in enumerate(member for member in source if member.name.endswith(".jpg")):
             member.size = 50 if number == 2 else member.size
             broken.addfile(member, source.extractfile(member.name))
+        narrow = io.BytesIO()
+        Image.new("1", (4000, 1)).save(narrow, "PNG")
+        member = tarfile.TarInfo("narrow.png")
+        member.size = len(narrow.getvalue())
+        broken.addfile(member, io.BytesIO(narrow.getvalue()))
     (tmp_path / "empty.tar").write_bytes(b"")
     out = tmp_path / "out"
     caption(compose("caption", f"run={run}", f"images={tmp_path}", f"out={out}", "num_workers=0"))
     rows = [json.loads(line) for line in lines(out)]
     reasons = [row["error"] for row in rows if row["error"]]
-    assert len(rows) == 7
-    assert sorted(reason.partition(":")[0] for reason in reasons) == ["empty tar", "truncated"]
+    assert len(rows) == 8
+    assert sorted(reason.partition(":")[0] for reason in reasons) == ["empty tar", "too narrow", "truncated"]
     assert all(bool(row["caption"]) != bool(row["error"]) for row in rows)
 
 

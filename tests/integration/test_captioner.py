@@ -124,6 +124,9 @@ def test_decoding_is_chosen_and_changed(captioner: Captioner, pictures: list[Pat
 def test_what_is_no_picture_is_refused(captioner: Captioner, tmp_path: Path) -> None:
     with pytest.raises(PictureError, match="missing"):
         captioner.caption([tmp_path / "none.jpg"])
+    for narrow in (Image.new("RGB", (1, 4000)), torch.zeros(3, 4000, 1, dtype=torch.uint8)):
+        with pytest.raises(PictureError, match="too narrow: 1 x 4000 pixels"):
+            captioner.caption(narrow)
     with pytest.raises(InputError, match=r"shape \(4, 9, 9\) and torch.uint8 must be \(3, height, width\)"):
         captioner.caption(torch.zeros(4, 9, 9, dtype=torch.uint8))
     with pytest.raises(InputError, match=r"torch.float32 must be"):

@@ -137,6 +137,7 @@ BAD: dict[str, tuple[Callable[[], bytes], int, str]] = {
     "WebP of 268 megapixels": (large_webp, 422, ""),
     "BMP of 3.6 gigapixels": (large_bmp, 422, "too large"),
     "BMP, half of it": (lambda: encoded("BMP")[:1000], 422, "truncated"),
+    "PNG of 12,000 pixels in a row": (lambda: encoded("PNG", (12_000, 1), "1"), 422, "too narrow"),
     "more pixels than are taken": (lambda: encoded("PNG", (501, 500), "1"), 422, "too large"),
 }
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from efficap.data.csv import CSVDataModule
-from efficap.data.pictures import Picture
+from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import read_table
-from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.data.transforms import EvaluationTransform, Resized, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 
@@ -154,6 +154,38 @@ def test_evaluation_follows_the_encoders_own_rule() -> None:
     resized = image.resize((66, 50), Image.Resampling.BICUBIC)  # short side 40 / 0.8
     expected = np.asarray(resized.crop((13, 5, 53, 45))).transpose(2, 0, 1)
     assert np.abs(actual.numpy().astype(int) - expected).max() <= 1
+
+
+@pytest.mark.parametrize("size", [(4000, 1), (1, 60_000), (65 * 3, 3)])
+def test_a_picture_that_would_be_huge_once_its_short_side_is_resized_is_refused(
+    size: tuple[int, int],
+) -> None:
+    transform = EvaluationTransform(image_size=40, interpolation="bicubic", crop_pct=1.0)
+    picture = picture_of(Image.new("1", size))
+    with pytest.raises(
+        PictureError, match=rf"too narrow: {size[0]} x {size[1]} pixels, the limit is 64 to 1"
+    ):
+        transform(picture)
+
+
+def test_a_picture_as_narrow_as_may_be_is_resized_and_cut() -> None:
+    transform = EvaluationTransform(image_size=40, interpolation="bicubic", crop_pct=1.0)
+    assert transform.cut(64 * 3, 3) == Resized(64 * 40, 40, 63 * 20, 0)
+    assert transform(picture_of(noise(3, 64 * 3))).shape == (3, 40, 40)
+
+
+def test_a_picture_that_is_too_narrow_to_be_evaluated_is_left_out_there_and_learned(
+    colour_table: Path,
+) -> None:
+    for split in ("train", "val"):
+        Image.new("RGB", (400, 1)).save(colour_table / "images" / f"{split}_3.jpg")
+    data = data_module(colour_table, "data.max_bad_fraction=0.2")
+    ids = [image_id for batch in data.train_dataloader() for image_id in batch.image_ids]
+    assert sorted(ids) == [f"train_{n}.jpg" for n in range(8)]
+    for _ in range(2):
+        ids = [image_id for batch in data.val_dataloader() for image_id in batch.image_ids]
+        assert ids == [f"val_{n}.jpg" for n in range(3)]
+    assert data.bad_samples.counts == {"too narrow": 1}
 
 
 def training_transform(**changes: Any) -> TrainingTransform:

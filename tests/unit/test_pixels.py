@@ -17,7 +17,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
-from tars import encoded, indexed, png16, scenery, shard_batches, write_tar
+from tars import encoded, indexed, png16, sample, samples, scenery, shard_batches, write_tar
 
 from efficap.data.order import BatchOrder, EvaluationOrder, InTurn
 from efficap.data.pictures import Picture
@@ -210,6 +210,21 @@ def test_evaluation_sees_the_same_pixels_from_files_from_shards_and_by_the_refer
         ):
             far += [f"{name}: {pair}: {why}" for why in [far_apart(one, other, at_edge)] if why]
     assert not far, "\n".join(far)
+
+
+def test_shards_leave_out_what_is_too_narrow_and_the_others_keep_their_pixels(tmp_path: Path) -> None:
+    narrow = encoded(Image.new("RGB", (4000, 1)), "PNG")
+    reader = indexed(
+        write_tar(tmp_path / "t.tar", [*samples("0"), *sample("1", "narrow", narrow), *samples("2")])
+    )
+    transform = EvaluationTransform(image_size=S, interpolation="bicubic", crop_pct=1.0)
+    order = EvaluationOrder(len(reader), batch_size=64, rank=0, world=1)
+    ((batch, bad),) = shard_batches(reader, order, transform)
+    assert bad == [(f"{tmp_path}/t.tar: 1", "too narrow", "4000 x 1 pixels, the limit is 64 to 1")]
+    assert batch is not None
+    assert batch.image_ids == ["t/0", "t/2"]
+    for square, number in zip(batch.images, (0, 2), strict=True):
+        assert torch.equal(square, transform(Picture(reader.read(number).image)))
 
 
 def test_pictures_that_break_a_decoders_habits_have_pillows_pixels() -> None:

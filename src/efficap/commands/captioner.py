@@ -129,7 +129,7 @@ class Captioner(
 
         Raises:
             InputError: an unknown method or a setting that it does not have.
-            PictureError: a file that is no picture.
+            PictureError: a file that is no picture, or a picture with one side more than 64 times the other.
         """
         return [of_image[0].text for of_image in self.write(images, decoding, **changes)]
 
@@ -189,7 +189,7 @@ class Captioner(
         return self.model.encoder.grid if isinstance(self.model, CaptionModel) else None
 
     def cut(self, width: int, height: int) -> Resized:
-        """Where the square lies that the model sees of a picture of this size in pixels."""
+        """Where the square lies that the model sees of a picture of this size in pixels; PictureError if too narrow."""
         return self._transform.cut(width, height)
 
     def _blank(self) -> Tensor:
@@ -201,7 +201,7 @@ class Captioner(
 
         Raises:
             InputError: a tensor of another shape or dtype.
-            PictureError: a file that is no picture.
+            PictureError: a file that is no picture, or a picture with one side more than 64 times the other.
         """
         if isinstance(source, str | Path):
             return self._transform(Picture(Path(source).expanduser()))

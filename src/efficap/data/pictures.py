@@ -26,7 +26,7 @@ class PictureError(OSError):
 
     Attributes:
         reason: a word or two to count by: ``missing``, ``too slow``, ``empty``, ``no picture``,
-            ``truncated``, ``too large`` or ``unreadable``.
+            ``truncated``, ``too large``, ``too narrow`` or ``unreadable``.
         detail: more about it.
     """
 

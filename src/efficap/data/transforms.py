@@ -14,9 +14,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from efficap.data.pictures import Picture
+from efficap.data.pictures import Picture, PictureError
 from efficap.errors import InputError
 
+MOST_NARROW = 64  # a picture's long side in short ones, where it is resized whole
 MOST_ENLARGED = 0.8  # pixels of a scaled crop for each of the square's, along a side
 
 
@@ -56,15 +57,23 @@ class EvaluationTransform:
         self.interpolation = InterpolationMode(interpolation)
 
     def cut(self, width: int, height: int) -> Resized:
-        """Where the square lies in a picture of this size; torchvision's own rounding."""
+        """Where the square lies in a picture of this size; torchvision's own rounding.
+
+        Raises:
+            PictureError: one side is so much longer than the other that the resized picture could fill the memory,
+                however few pixels it has itself.
+        """
         short, size = min(width, height), self.short_side
+        if max(width, height) > MOST_NARROW * short:
+            raise PictureError("too narrow", f"{width} x {height} pixels, the limit is {MOST_NARROW} to 1")
         resized = int(size * width / short), int(size * height / short)
         left, top = (round((side - self.image_size) / 2) for side in resized)
         return Resized(*resized, left, top)
 
     def __call__(self, picture: Picture) -> Tensor:
-        """A picture of any size to (3, S, S) uint8."""
-        return self.square(picture.pixels(), self.cut(picture.width, picture.height))
+        """A picture to (3, S, S) uint8; raises PictureError as `Picture.pixels` and `cut` do."""
+        cut = self.cut(picture.width, picture.height)
+        return self.square(picture.pixels(), cut)
 
     def square(self, pixels: Tensor, cut: Resized) -> Tensor:
         """A decoded picture, (3, H, W) uint8, to (3, S, S)."""

@@ -108,7 +108,7 @@ _PROBLEMS: dict[int | str, dict[str, Any]] = {
     413: {"description": "the file has too many bytes"},
     422: {
         "model": Problem,
-        "description": "no picture, one with too many pixels, or settings that cannot be",
+        "description": "no picture, one with too many pixels or too narrow, or settings that cannot be",
     },
     503: {
         "model": Problem,

@@ -197,7 +197,7 @@ class CaptionService:
 
         Raises:
             InputError: the settings are no decoding's, or beyond the limits.
-            PictureError: it is no picture, or too large.
+            PictureError: it is no picture, too large or too narrow.
         """
         jobs = []
         for run in runs:

@@ -137,12 +137,13 @@ class ShardBatches:
                 chosen = self._choose(sample, time)
                 if not chosen:
                     continue  # the text's filters have counted it
-                read.encoded.append(self._encoded(sample))
+                cut, encoded = self._cut(sample, time), self._encoded(sample)
             except Broken as error:
                 read.bad.append((self.reader.name(number), error.reason, error.detail))
                 continue
             read.samples.append(sample)
-            read.cuts.append(self._cut(sample, time))
+            read.cuts.append(cut)
+            read.encoded.append(encoded)
             texts.append(chosen)
         flat = [text for of_image in texts for text in of_image]
         encoded, read.cut = self.tokenizer.encode(flat, self.max_tokens)
