@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -255,8 +256,10 @@ def test_the_command_writes_a_folder_a_split_and_says_how_to_train(
     printed = capsys.readouterr().out
     assert "train: 8 pictures\nval: 3 pictures; left out: empty 1\ntest: 4 pictures\n" in printed
     assert "1 rows without a caption left out" in printed
-    assert f"data.shards={tmp_path}/out/train data.val_shards={tmp_path}/out/val" in printed
-    assert "data.caption_field=captions" in printed
+    folders = [f"data.{name}={tmp_path}/out/{split}" for name, split in (
+        ("shards", "train"), ("val_shards", "val"), ("test_shards", "test"))]  # fmt: skip
+    command = ["python train.py model=small data=webdataset", *folders, "data.caption_field=captions"]
+    assert printed.endswith(f"Train with:\n{' '.join(command)}\n")
     found = {str(tar.relative_to(tmp_path / "out")) for tar in (tmp_path / "out").rglob("*.tar")}
     assert found == {"train/00000.tar", "train/00001.tar", "val/00000.tar", "test/00000.tar"}
 
@@ -268,6 +271,50 @@ def test_the_command_takes_one_split_and_other_columns(colour_table: Path, tmp_p
     names = ["--image-column", "picture", "--caption-column", "text", "--split-column", "part"]
     assert run(colour_table, tmp_path / "out", *names, "--split", "val") == 0
     assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["val"]
+
+
+def test_the_way_to_train_survives_the_shell_and_names_no_split_that_was_not_written(
+    colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "my shards"
+    assert run(colour_table, out, "--split", "val", "--split", "train", "--split", "val") == 0
+    words = shlex.split(capsys.readouterr().out.splitlines()[-1])
+    assert words[4:] == [
+        f"data.shards='{out}/train'",
+        f"data.val_shards='{out}/val'",
+        "data.caption_field=captions",
+    ]
+    rows = pd.read_csv(colour_table / "captions.csv")
+    rows["split"] = rows["split"].replace({"train": "learning", "val": "dev"})
+    rows.to_csv(colour_table / "captions.csv", index=False)
+    assert run(colour_table, tmp_path / "out") == 0
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert said.startswith(f"{tmp_path}/out has learning, dev, test: train on one with data.shards=")
+    assert "/train" not in said
+
+
+@pytest.mark.parametrize("split", ["../evil", "/absolute", "..", ".", "a/b", "a\\b"])
+def test_a_split_that_would_lie_elsewhere_is_refused_before_anything_is_written(
+    split: str, colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    split = str(tmp_path / "absolute") if split == "/absolute" else split
+    rows = pd.read_csv(colour_table / "captions.csv")
+    rows["split"] = rows["split"].replace({"test": split})
+    rows.to_csv(colour_table / "captions.csv", index=False)
+    before = sorted(tmp_path.iterdir())
+    assert run(colour_table, tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert f"has a split {split!r}, which is no name of a folder" in error
+    assert error.count("\n") == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert run(colour_table, tmp_path / "out", "--split", "train") == 0, "the others can be had"
+
+
+def test_a_split_that_is_not_there_is_named_before_anything_is_written(
+    colour_table: Path, tmp_path: Path
+) -> None:
+    assert run(colour_table, tmp_path / "out", "--split", "train", "--split", "dev") == 1
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from efficap.data.prepare.writing import training_command
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.errors import InputError
@@ -32,9 +33,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
             caption_column=options.caption_column,
             split_column=options.split_column,
         )
-        for split in options.split or tables:
+        splits = list(dict.fromkeys(options.split or tables))
+        for split in splits:
             if split not in tables:
                 raise InputError(f"--split {split}: {options.table} has {', '.join(tables)}")
+            # A table may come from anywhere, and its splits become folders of OUT_DIR.
+            if split in (".", "..") or any(sign in split for sign in "/\\\0"):
+                raise InputError(
+                    f"{options.table} has a split {split!r}, which is no name of a folder; rename it there, or choose "
+                    "others with --split"
+                )
+        for split in splits:
             outcome = write_shards(tables[split], options.out_dir / split, settings, options.workers)
             others = ", ".join(
                 f"{reason} {n:,}" for reason, n in outcome.most_common() if reason != "success"
@@ -42,14 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"{split}: {outcome['success']:,} pictures{f'; left out: {others}' if others else ''}")
         if empties:
             print(f"{len(empties):,} rows without a caption left out")
-        print(
-            f"python train.py model=small data=webdataset data.shards={options.out_dir}/train "
-            f"data.val_shards={options.out_dir}/val data.caption_field=captions"
-        )
+        print(_next_step(options.out_dir, splits))
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _next_step(out_dir: Path, splits: Sequence[str]) -> str:
+    """How to train on the splits that were written; by other names only the reader knows which is for what."""
+    if not {"train", "val"} <= set(splits):
+        return (
+            f"{out_dir} has {', '.join(splits)}: train on one with data.shards={out_dir}/SPLIT and validate on another "
+            "with data.val_shards, both with data.caption_field=captions"
+        )
+    settings = {"train": "shards", "val": "val_shards", "test": "test_shards"}
+    folders = {setting: out_dir / split for split, setting in settings.items() if split in splits}
+    return f"Train with:\n{training_command('webdataset', **folders, caption_field='captions')}"
 
 
 def _parser() -> argparse.ArgumentParser:
