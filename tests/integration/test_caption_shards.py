@@ -15,6 +15,7 @@ import pytest
 from conftest import compose, tiny_overrides, write_colour_table
 from PIL import Image
 from started import Started
+from tars import sample, write_tar
 
 from efficap.commands.caption import caption
 from efficap.commands.train import train
@@ -124,6 +125,21 @@ def test_broken_samples_and_shards_get_a_reason(run_and_shards: tuple[Path, Path
     assert len(rows) == 8
     assert sorted(reason.partition(":")[0] for reason in reasons) == ["empty tar", "too narrow", "truncated"]
     assert all(bool(row["caption"]) != bool(row["error"]) for row in rows)
+
+
+def test_a_members_name_that_is_no_text_costs_its_sample_alone(
+    run_and_shards: tuple[Path, Path], tmp_path: Path
+) -> None:
+    run, _ = run_and_shards
+    odd = ("caf\udce9", "../caf\udce9")  # as tarfile reads a byte that is no UTF-8
+    write_tar(tmp_path / "odd.tar", [member for key in ("good", *odd) for member in sample(key, "x")])
+    out = tmp_path / "out"
+    caption(compose("caption", f"run={run}", f"images={tmp_path}/odd.tar", f"out={out}", "num_workers=0"))
+    errors = {row["key"]: row["error"] for row in map(json.loads, lines(out))}
+    assert errors.pop("good") == ""
+    assert errors.keys() == {r"caf\udce9", r"../caf\udce9"}
+    assert all(error.startswith("unsafe name: ") for error in errors.values())
+    assert pd.read_parquet(out / "odd.parquet")["key"].tolist() == ["good", r"caf\udce9", r"../caf\udce9"]
 
 
 def test_results_of_another_decoding_are_not_mixed(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import glob
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from efficap.commands.caption_output import RECORD, as_row, check_record, keep_record
+from efficap.commands.caption_output import RECORD, as_row, check_record, escaped, keep_record
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.shards.tar import IMAGE_SUFFIXES
 from efficap.data.transforms import EvaluationTransform
@@ -229,4 +230,5 @@ def print_outcome(path: Path, results: list[CaptionedFile], before: int) -> None
     done = f"{len(results) - len(failed):,} captioned, {len(failed):,} left out{earlier}"
     lines.append((f"{done}; in {path}: index.html, captions.csv, captions.jsonl", ""))
     for text, style in lines:
-        console.print(text, style=style or None, soft_wrap=True, highlight=False, markup=False)
+        shown = escaped(text, sys.stdout.encoding or "utf-8")
+        console.print(shown, style=style or None, soft_wrap=True, highlight=False, markup=False)

@@ -63,6 +63,11 @@ def keep_record(folder: Path, record: dict[str, Any]) -> None:
             file.write((json.dumps(record, indent=2) + "\n").encode())
 
 
+def escaped(text: str, encoding: str = "utf-8") -> str:
+    """The same where it can be written so; what cannot, such as a byte of a file's name, as ``\\udce9``."""
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
 def as_row(key: str, name: str, captions: list[WrittenCaption], error: str) -> dict[str, Any]:
     """A picture's line: under `key` its name; then its best caption, the reason if there is none, and all captions."""
     return {

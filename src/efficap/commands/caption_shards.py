@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from efficap.commands.caption_output import CaptioningBar, as_row, check_record, keep_record
+from efficap.commands.caption_output import CaptioningBar, as_row, check_record, escaped, keep_record
 from efficap.data.pictures import Picture
 from efficap.data.shards.names import find_shards
 from efficap.data.shards.tar import Broken, SampleError, TarSample, read_contents
@@ -129,7 +129,8 @@ def _captioned(
     share = 1 / max(1, len(contents.samples))
     for loaded in loader:
         for name, captions, error in writer.write_loaded(loaded, device):
-            yield as_row("key", name.removeprefix(f"{tar.stem}/"), captions, error), share
+            key = escaped(name.removeprefix(f"{tar.stem}/"))  # a member's name need not be UTF-8
+            yield as_row("key", key, captions, error), share
     if contents.problem is not None:
         yield as_row("key", "", [], contents.problem), 0.0
 

@@ -13,7 +13,16 @@ from typing import BinaryIO
 import pyarrow as pa
 
 from efficap.data.pictures import Picture
-from efficap.data.shards.tar import BLOCK, Broken, Extent, SampleError, TarSample, fingerprint, read_contents
+from efficap.data.shards.tar import (
+    BLOCK,
+    Broken,
+    Extent,
+    SampleError,
+    TarSample,
+    fingerprint,
+    is_unicode,
+    read_contents,
+)
 
 VERSION = 2
 
@@ -122,8 +131,6 @@ def _examine(
 ) -> dict[str, object]:
     if sample.error is not None:
         raise sample.error
-    if not _is_unicode(sample.key):
-        raise SampleError("unsafe name", ascii(sample.key))
     if sample.image is None:
         raise SampleError("no picture", "text alone")
     data = _read(file, sample.image)
@@ -155,7 +162,7 @@ def _read_texts(file: BinaryIO, tar: Path, sample: TarSample) -> tuple[str, list
     if sample.json is not None:
         fields = decode_json(_read(file, sample.json))
         image_id = str(fields.get("image_id") or image_id)
-        if not _is_unicode(image_id):
+        if not is_unicode(image_id):
             raise SampleError("unsafe name", ascii(image_id))
         for name in ("captions", "caption"):
             captions += captions_of(fields, name) if fields.get(name) else []
@@ -163,11 +170,6 @@ def _read_texts(file: BinaryIO, tar: Path, sample: TarSample) -> tuple[str, list
     if not captions:
         raise SampleError("empty caption")
     return image_id, list(dict.fromkeys(captions))
-
-
-def _is_unicode(name: str) -> bool:
-    """Whether it can be written as UTF-8: a tar's names may hold any bytes, and a json's strings half characters."""
-    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def decode_text(data: bytes) -> str:

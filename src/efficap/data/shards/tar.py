@@ -106,7 +106,9 @@ def _add(found: dict[str, TarSample], member: tarfile.TarInfo, tar_size: int) ->
     if role is None:
         return
     sample = found.setdefault(str(path.with_suffix("")), TarSample(str(path.with_suffix(""))))
-    if path.is_absolute() or ".." in path.parts:
+    if not is_unicode(member.name):
+        sample.error = SampleError("unsafe name", ascii(member.name))
+    elif path.is_absolute() or ".." in path.parts:
         sample.error = SampleError("unsafe name", member.name)
     elif getattr(sample, role) is not None:
         sample.error = SampleError("duplicate key", f"a second {suffix}")
@@ -114,6 +116,11 @@ def _add(found: dict[str, TarSample], member: tarfile.TarInfo, tar_size: int) ->
         sample.error = SampleError("truncated", "the tar ends within it")
     else:
         setattr(sample, role, Extent(member.offset_data, member.size))
+
+
+def is_unicode(name: str) -> bool:
+    """Whether it can be written as UTF-8: a tar's names may hold any bytes, and a json's strings half characters."""
+    return not any("\ud800" <= char <= "\udfff" for char in name)
 
 
 def fingerprint(header: bytes) -> int:
