@@ -20,5 +20,7 @@ def test_a_files_name_that_the_terminal_cannot_show_is_escaped(
     print_outcome(Path("out"), [CaptionedFile(Path(name), error="no picture")], before=0)
     sys.stdout.flush()
     [first, second] = shown.getvalue().decode(encoding).splitlines()
-    assert first == "no picture: " + name.replace("\udce9", r"\udce9").replace("—", r"\u2014") + " (no picture)"
+    assert (
+        first == "no picture: " + name.replace("\udce9", r"\udce9").replace("—", r"\u2014") + " (no picture)"
+    )
     assert second.startswith("0 captioned, 1 left out; in out")
