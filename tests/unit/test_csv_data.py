@@ -284,10 +284,10 @@ def test_an_epoch_has_the_batches_that_its_length_says_though_nothing_is_left_of
     for place in places:
         (colour_table / "images" / order[place]).write_bytes(b"")
     found = [batch.image_ids[0] for batch in loader.of_epoch(0)]
-    assert (
-        len(found) == len(loader) == 8
-    )  # Lightning's epoch ends with the last of them, and is validated then
+    assert len(found) == len(loader) == 8, "with the last of which Lightning validates"
     assert set(found) == {image_id for place, image_id in enumerate(order) if place not in places}
+    if 7 in places:
+        assert not list(loader.of_epoch(0, first=7)), "a training that is resumed there goes on"
 
 
 def test_an_evaluation_passes_over_batches_of_which_nothing_is_left(colour_table: Path) -> None:

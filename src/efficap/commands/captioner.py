@@ -141,7 +141,9 @@ class Captioner(
         attention: bool = False,
         **changes: Any,
     ) -> list[list[WrittenCaption]]:
-        """All captions of each picture, the best first, with their scores and the log-probabilities of their tokens.
+        """All captions of each picture, with their scores and the log-probabilities of their tokens.
+
+        The best comes first; those that are drawn stay in their order.
 
         Args:
             images, decoding, changes: as `caption` takes them.

@@ -79,7 +79,8 @@ def used_precision(trainer: dict[str, Any]) -> Any:
     on_gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
     if precision is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed"
-    if precision is None or (precision == "bf16-mixed" and _is_slow_in_bfloat16(trainer)):
+    is_on_cpu = choose_device(trainer["accelerator"]).type == "cpu"
+    if precision is None or (precision == "bf16-mixed" and is_on_cpu and bfloat16_is_slow()):
         return "32-true"
     return precision
 
@@ -89,7 +90,3 @@ def say_if_slow(trainer: dict[str, Any]) -> None:
     asked = trainer["precision"]
     if asked == "bf16-mixed" and used_precision(trainer) != asked:
         print(f"trainer.precision={asked} is 32-true on this CPU, {_NO_BFLOAT16}", file=sys.stderr)
-
-
-def _is_slow_in_bfloat16(trainer: dict[str, Any]) -> bool:
-    return bool(choose_device(trainer["accelerator"]).type == "cpu" and bfloat16_is_slow())

@@ -27,7 +27,7 @@ from efficap.training.ema import ExponentialMovingAverage
 from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
 
-PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed")  # the weights stay float32
+_PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed")  # the weights stay float32
 
 
 def leave_out_lightnings_chatter() -> None:
@@ -67,9 +67,9 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             raise InputError(f"trainer.{key}={value} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours")
         if value is not None and not re.search("[1-9]", str(value)):
             raise InputError(f"trainer.{key}={value} must be above 0; null: {null}")
-    if trainer["precision"] not in PRECISIONS:
+    if trainer["precision"] not in _PRECISIONS:
         raise InputError(
-            f"trainer.precision={trainer['precision']} must be {', '.join(filter(None, PRECISIONS))}, or null for "
+            f"trainer.precision={trainer['precision']} must be {', '.join(filter(None, _PRECISIONS))}, or null for "
             "bf16-mixed on a GPU that has it and 32-true elsewhere"
         )
     if trainer.get("gradient_clip_algorithm") not in (None, "norm"):

@@ -71,9 +71,10 @@ class CheckedLoader:
 
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
         """The batches of an epoch from batch `first` on."""
-        is_training = isinstance(self.order, BatchOrder)
+        keeps_length = self.world > 1
         if isinstance(self.order, BatchOrder):
             self.order.epoch, self.order.first = epoch, first
+            keeps_length = True
         last, owed = None, 0  # batches at the start of which nothing is left
         for number, (batch, bad) in enumerate(self.batches, start=first):
             self.place = (epoch, number + 1)
@@ -81,14 +82,16 @@ class CheckedLoader:
                 self.bad_samples.add(name, reason, detail)
             if bad:
                 self.bad_samples.check()
-            if batch is None and last is None:
+            if batch is not None:
+                last = batch
+            if last is None:
                 owed += 1
-            elif batch is not None or is_training or self.world > 1:
-                last = last if batch is None else batch
-                assert last is not None
+            elif batch is not None or keeps_length:
                 yield last
-        if owed and last is None:
+        if last is not None:
+            yield from itertools.repeat(last, owed if keeps_length else 0)
+        elif owed and (
+            first == 0 or self.world > 1
+        ):  # not where a resumed epoch had but its last batches to come
             reason = self.bad_samples or "data.text leaves no caption of them"
             raise InputError(f"nothing of {owed:,} batches can be used: {reason}")
-        if last is not None and (is_training or self.world > 1):
-            yield from itertools.repeat(last, owed)

@@ -53,7 +53,7 @@ class Vocabulary(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """The captions of a batch, the best first.
+    """The captions of a batch, the best first; those drawn, as they came.
 
     Attributes:
         tokens: (B, n, T) int64, each caption ``BOS w1 … wn EOS`` and then EOS as padding; a caption that

@@ -86,7 +86,7 @@ class Answer(BaseModel):
     width: int = Field(description="of the picture as shown, in pixels")
     height: int
     square: Square
-    captions: list[AnswerCaption] = Field(description="the best first")
+    captions: list[AnswerCaption] = Field(description="the best first; of nucleus, as they were drawn")
 
 
 class Problem(BaseModel):

@@ -99,7 +99,9 @@ class CaptionWriter:
         by_head: bool = False,
         rollout: bool = False,
     ) -> list[list[WrittenCaption]]:
-        """The n captions of each of the (B, 3, H, W) uint8 pictures, or of packed ones, the best first.
+        """The n captions of each of the (B, 3, H, W) uint8 pictures, or of packed ones.
+
+        The best comes first; those that are drawn stay in their order.
 
         Args:
             image_ids: sampling draws by them.
