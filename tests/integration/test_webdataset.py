@@ -143,6 +143,42 @@ def test_an_epoch_of_shards_is_an_epoch_of_the_table(count: int, colour_table: P
     assert total == Counter(dict.fromkeys(pairs, 2)), "each caption as often as any other"
 
 
+FILTERS = [
+    "data.text.min_words=4",
+    "data.text.exclude=grey",
+    "data.max_tokens=6",
+    "data.captions_per_image=2",
+]
+
+
+def test_captions_that_are_left_out_or_cut_are_counted_once_however_often_they_come(
+    colour_table: Path, shards: Path
+) -> None:
+    table = from_table(colour_table, *FILTERS)
+    data = from_shards(shards, *FILTERS, "data.caption_field=captions", "data.num_workers=3")
+    training, validation = data.train_dataloader(), data.val_dataloader()
+    next(training.of_epoch(0))  # and is broken off, with batches read ahead of it
+    for epoch in range(3):
+        list(training.of_epoch(epoch))
+        list(validation)
+    assert data.text.left_out == table.text.left_out == {"fewer than 4 words": 8, "matches grey": 2}
+    assert data.cut_captions == table.cut_captions > 0
+    assert data.notes()[:2] == table.notes()
+
+
+def test_a_training_on_shards_says_at_its_end_what_was_left_out_of_the_captions(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (shards / "train" / "more.tar").write_bytes(tar_bytes(sample("x", "x", b"<html>")))
+    filters = ["data.text.min_words=4", "data.caption_field=captions", "data.max_bad_fraction=0.5"]
+    train(compose("train", *overrides(shards, tmp_path / "run", *filters, "trainer.max_epochs=2")))
+    printed = capsys.readouterr().out
+    assert printed.endswith(
+        f"captions not learned: 8 (fewer than 4 words 8)\nrun directory: {tmp_path / 'run'}\n"
+    )
+    assert printed.count("left out, as they cannot be used: 1 (no picture 1)") == 1, "it was known before"
+
+
 def test_pictures_come_with_their_own_captions(shards: Path) -> None:
     data = from_shards(shards, *WHOLE)
     for batch in [*data.train_dataloader(), *data.val_dataloader()]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import unicodedata
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -89,22 +88,10 @@ def test_case_and_the_final_stop_are_as_asked_for(
 def test_captions_to_learn_are_chosen_and_the_others_counted() -> None:
     captions = ["one", "one two", "one two three", "one two three four", "", "a DOG here", "a dog here"]
     chooser = text(min_words=2, max_words=3, exclude="[Dd]og")
-    assert chooser.learnable(captions) == [1, 2, 5]
-    assert chooser.left_out == {
-        "fewer than 2 words": 1,
-        "more than 3 words": 1,
-        "empty": 1,
-        "matches [Dd]og": 1,
-    }
-    assert text().learnable(captions) == [0, 1, 2, 3, 5, 6]
-    assert text(min_words=1, max_words=1).learnable(captions) == [0]
-
-
-def test_threads_lose_no_count() -> None:
-    chooser = text(min_words=2)
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(chooser.learnable, [["one"] * 50] * 200))
-    assert chooser.left_out == {"fewer than 2 words": 10_000}
+    left_out = {"fewer than 2 words": 1, "more than 3 words": 1, "empty": 1, "matches [Dd]og": 1}
+    assert chooser.learnable(captions) == ([1, 2, 5], left_out)
+    assert text().learnable(captions)[0] == [0, 1, 2, 3, 5, 6]
+    assert text(min_words=1, max_words=1).learnable(captions)[0] == [0]
 
 
 @pytest.mark.parametrize(

@@ -62,7 +62,7 @@ def fit(
         run_dir = Path(cfg["output_dir"])
         if stage.name is not None:
             print(f"stage {stage.number + 1} of {len(names)}: {stage.name}")
-        _print_plan(captioner, cfg, tokenizer, its_data)
+        said = _print_plan(captioner, cfg, tokenizer, its_data)
         its_data.first_epoch = stage.epochs
         module = build_module(cfg, captioner, tokenizer, decoding, its_data)
         metrics = RunMetrics(run_dir, stage, before)
@@ -77,6 +77,9 @@ def fit(
         )
         with explained(cfg), naming(stage.name), fitting():
             trainer.fit(module, datamodule=TrainerData(its_data), ckpt_path=checkpoint, weights_only=True)
+        for note in its_data.notes():  # of shards, only training has told what the text's filters left out
+            if note not in said:
+                print(note)
         if stage.is_last:
             return
         stage = stage.next(names, steps=trainer.global_step, epochs=trainer.current_epoch)
@@ -108,7 +111,8 @@ def _print_plan(
     cfg: dict[str, Any],
     tokenizer: CaptionTokenizer,
     data: CaptionData,
-) -> None:
+) -> list[str]:
+    """Print the sizes and the data's notes; returns the notes."""
     print_summary(
         captioner,
         cfg["model"],
@@ -118,5 +122,7 @@ def _print_plan(
         max_tokens=data.max_tokens,
         batch_size=data.batch_size,
     )
-    for note in data.notes():
+    notes = data.notes()
+    for note in notes:
         print(note)
+    return notes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -201,9 +202,14 @@ class CSVDataModule(CaptionDataModule):
     def _learnable(self, table: CaptionTable) -> CaptionTable:
         """The table with the captions that training learns from, and without pictures that have none."""
         references = table.references
-        chosen = [[captions[n] for n in self.text.learnable(captions)] for captions in references]
-        if not self.text.left_out:
+        chosen, left_out = [], Counter[str]()
+        for captions in references:
+            numbers, others = self.text.learnable(captions)
+            chosen.append([captions[n] for n in numbers])
+            left_out.update(others)
+        if not left_out:
             return table
+        self.text.left_out.update(left_out)
         kept = [row for row in zip(table.image_ids, table.files, chosen, strict=True) if row[2]]
         image_ids, files = [row[0] for row in kept], [row[1] for row in kept]
         return CaptionTable.of(table.split, image_ids, files, [row[2] for row in kept])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import re
-import threading
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -28,7 +27,8 @@ class CaptionText:
         exclude: a regular expression; captions in which it is found are not learned; None: none.
 
     Attributes:
-        left_out: number of training captions that were not learned, by reason.
+        left_out: number of training captions that were not learned, by reason; whoever reads them for the first time
+            adds those that `learnable` tells of.
 
     Raises:
         InputError: limits that contradict each other, an unknown word, or no regular expression.
@@ -58,7 +58,6 @@ class CaptionText:
         self.lowercase, self.final_stop = lowercase, final_stop
         self.min_words, self.max_words = low, high
         self.left_out: Counter[str] = Counter()
-        self._lock = threading.Lock()  # shards are read by several threads
 
     def clean(self, caption: str) -> str:
         """The caption as it is learned and scored; empty where nothing is left."""
@@ -75,17 +74,17 @@ class CaptionText:
             caption = caption.rstrip(" .\u3002")
         return caption
 
-    def learnable(self, captions: Sequence[str]) -> list[int]:
-        """Numbers of the cleaned captions that training learns from; the others are counted in `left_out`."""
-        chosen = []
+    def learnable(self, captions: Sequence[str]) -> tuple[list[int], Counter[str]]:
+        """Numbers of the cleaned captions that training learns from; and how many others there are, by reason."""
+        chosen: list[int] = []
+        left_out: Counter[str] = Counter()
         for number, caption in enumerate(captions):
             reason = self._why_not(caption)
             if reason is None:
                 chosen.append(number)
             else:
-                with self._lock:
-                    self.left_out[reason] += 1
-        return chosen
+                left_out[reason] += 1
+        return chosen, left_out
 
     def _why_not(self, caption: str) -> str | None:
         if not caption:

@@ -6,7 +6,7 @@ B pictures, K captions of each, T tokens, S: image_size.
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,6 +28,9 @@ from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 
+# A sample's number, how many of its captions were too long, and how many are not learned, by reason.
+_Count = tuple[int, int, Counter[str]]
+
 
 @dataclass(slots=True)
 class _Read:
@@ -38,7 +41,7 @@ class _Read:
     cuts: list[Cut]
     captions: list[list[NDArray[np.int32]]]
     bad: list[BadReport]
-    cut: int = 0  # captions that were too long
+    counts: list[_Count]
     rescued: bool = False  # decoded by Pillow, after DALI failed on it
 
 
@@ -51,7 +54,7 @@ class ShardBatches:
         reader, order, transform, tokenizer: samples, their batches, their crops, their captions' ids.
         captions_per_image: K, in training; evaluation takes all.
         max_tokens: longer captions are cut.
-        on_cut: told how many captions were cut.
+        on_cut: told how many captions were cut, of samples that come for the first time.
         max_pixels, seed: as in `CaptionDataModule`.
         batch_size: the largest B.
         num_readers: threads that read.
@@ -114,8 +117,13 @@ class ShardBatches:
                 reads = itertools.chain(again, reads)
 
     def _take(self, begun: deque[_Read]) -> _Read:
-        self.on_cut(begun[0].cut)
-        return begun.popleft()
+        read = begun.popleft()
+        for number, cut, left_out in read.counts:
+            if not self.reader.counted[number]:
+                self.reader.counted[number] = True
+                self.on_cut(cut)
+                self.reader.text.left_out.update(left_out)
+        return read
 
     def _read_ahead(self, pool: ThreadPoolExecutor) -> Iterator[_Read]:
         """The batches as they are read, `num_readers` + 1 of them begun before they are asked for."""
@@ -129,14 +137,15 @@ class ShardBatches:
                 begun.append(pool.submit(self._read, batch))
 
     def _read(self, keys: list[Key]) -> _Read:
-        read = _Read([], [], [], [], [])
-        texts: list[list[str]] = []
+        read = _Read([], [], [], [], [], [])
         for time, number in keys:
             try:
                 sample = self.reader.read(number)
-                chosen = self._choose(sample, time)
+                chosen, left_out = self._choose(sample, time)
+                ids, too_long = self.tokenizer.encode(chosen, self.max_tokens)
+                read.counts.append((number, too_long, left_out))
                 if not chosen:
-                    continue  # the text's filters have counted it
+                    continue
                 cut, encoded = self._cut(sample, time), self._encoded(sample)
             except Broken as error:
                 read.bad.append((self.reader.name(number), error.reason, error.detail))
@@ -144,21 +153,18 @@ class ShardBatches:
             read.samples.append(sample)
             read.cuts.append(cut)
             read.encoded.append(encoded)
-            texts.append(chosen)
-        flat = [text for of_image in texts for text in of_image]
-        encoded, read.cut = self.tokenizer.encode(flat, self.max_tokens)
-        ids = iter(np.array(caption, np.int32) for caption in encoded)
-        read.captions = [[next(ids) for _ in of_image] for of_image in texts]
+            read.captions.append([np.array(caption, np.int32) for caption in ids])
         return read
 
-    def _choose(self, sample: Sample, time: int) -> list[str]:
+    def _choose(self, sample: Sample, time: int) -> tuple[list[str], Counter[str]]:
+        """The captions of a sample that come with it, and how many the text's filters leave out, by reason."""
         if not isinstance(self.transform, TrainingTransform):
-            return sample.captions
-        learnable = self.reader.text.learnable(sample.captions)
+            return sample.captions, Counter()
+        learnable, left_out = self.reader.text.learnable(sample.captions)
         chosen = (
             turn(len(learnable), self.K, seed=self.seed, time=time, sample=sample.number) if learnable else []
         )
-        return [sample.captions[learnable[n]] for n in chosen]
+        return [sample.captions[learnable[n]] for n in chosen], left_out
 
     def _cut(self, sample: Sample, time: int) -> Cut:
         if isinstance(self.transform, TrainingTransform):
@@ -189,7 +195,7 @@ class ShardBatches:
 
     def _rescued(self, read: _Read) -> _Read:
         """A batch that DALI failed on, decoded by Pillow; what neither can decode is left out and named."""
-        rescued = _Read([], [], [], [], list(read.bad), read.cut, rescued=True)
+        rescued = _Read([], [], [], [], list(read.bad), read.counts, rescued=True)
         for sample, cut, captions in zip(read.samples, read.cuts, read.captions, strict=True):
             try:
                 rescued.encoded.append(self._by_pillow(sample))

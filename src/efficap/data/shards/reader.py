@@ -1,6 +1,6 @@
 """Single samples out of many indexed tars, by number, in flat memory.
 
-S shards.
+S shards, N samples in them.
 """
 
 from __future__ import annotations
@@ -59,6 +59,7 @@ class ShardReader:
 
     Attributes:
         counts: (S,) good samples in each shard.
+        counted: (N,) whether what was left out of a sample's captions, or cut, has been counted; it comes round again.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class ShardReader:
         self.tars, self.index_dir, self.caption_field, self.text = list(tars), index_dir, caption_field, text
         self.counts: NDArray[np.int64] = np.array([header.good for header in headers], np.int64)
         self._ends = np.cumsum(self.counts)  # (S,)
+        self.counted: NDArray[np.bool_] = np.zeros(len(self), bool)
         self.most_open = most_open
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self._lock = threading.Lock()
