@@ -93,6 +93,21 @@ def test_weighted_sets_go_on_where_they_stopped(tmp_path: Path) -> None:
     assert len(seen) == 8
 
 
+def test_what_is_left_out_of_a_set_that_is_only_evaluated_on_is_told(tmp_path: Path) -> None:
+    data = mixed(tmp_path, epochs={"one": 1})
+    (tmp_path / "other" / "images" / "val_2.jpg").write_bytes(b"")
+    (tmp_path / "one" / "images" / "train_2.jpg").write_bytes(b"")
+    for module in data.evaluated, data.sources["one"]:
+        module.bad_samples.max_bad_fraction = 0.5
+    assert not data.left_out()
+    list(data.train_dataloader())
+    list(data.val_dataloader())
+    assert data.left_out() == {"one: empty": 1, "other: empty": 1}
+    assert data.notes() == [
+        f"{name}: left out, as they cannot be used: 1 (empty 1)" for name in ("one", "other")
+    ]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

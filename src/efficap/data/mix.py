@@ -61,23 +61,24 @@ class MixedDataModule(CaptionData):
         self.sources = {name: sources[name] for name in amounts}
         self.epochs, self.weights, self.steps_per_epoch = epochs, weights, steps_per_epoch
         self.evaluated = sources[evaluate_on]
+        self._all = {**self.sources, evaluate_on: self.evaluated}
         modules = self.sources.values()
         self.captions_per_image = max(module.captions_per_image for module in modules)
         self.max_tokens = max(module.max_tokens for module in modules)
         self.batch_size = max(module.batch_size for module in modules)
 
     def prepare_data(self) -> None:
-        for source in self._all():
+        for source in self._all.values():
             source.prepare_data()
 
     def begin(self, device: torch.device, current_epoch: Callable[[], int]) -> None:
         super().begin(device, current_epoch)
-        for source in self._all():
+        for source in self._all.values():
             source.begin(device, current_epoch)
 
     def end(self) -> None:
         super().end()
-        for source in self._all():
+        for source in self._all.values():
             source.end()
 
     def training_captions(self) -> Iterable[str]:
@@ -101,17 +102,13 @@ class MixedDataModule(CaptionData):
             "interpolation": interpolation,
             "crop_pct": crop_pct,
         }
-        for source in self._all():
+        for source in self._all.values():
             own = [split for split in splits if self._has(source, split)]
             if own:
                 source.prepare(tokenizer, **size, splits=own)
 
     def _has(self, source: CaptionDataModule, split: str) -> bool:
         return source in self.sources.values() if split == "train" else source is self.evaluated
-
-    def _all(self) -> list[CaptionDataModule]:
-        used = list(self.sources.values())
-        return used if self.evaluated in used else [*used, self.evaluated]
 
     def train_dataloader(self) -> MixedLoader:
         for source in self.sources.values():
@@ -138,12 +135,12 @@ class MixedDataModule(CaptionData):
         return self.evaluated.coco_ids()
 
     def notes(self) -> list[str]:
-        return [f"{name}: {note}" for name, source in self.sources.items() for note in source.notes()]
+        return [f"{name}: {note}" for name, source in self._all.items() for note in source.notes()]
 
     def left_out(self) -> dict[str, int]:
         return {
             f"{name}: {reason}": count
-            for name, source in self.sources.items()
+            for name, source in self._all.items()
             for reason, count in source.left_out().items()
         }
 
