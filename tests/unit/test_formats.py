@@ -106,6 +106,14 @@ def test_a_list_in_a_csv_cell_is_several_captions(write: Any, tmp_path: Path) ->
     assert read(tmp_path / "c.csv") == expected
 
 
+@pytest.mark.parametrize("cell", ["[]", " [ ] "])
+def test_an_empty_list_in_a_csv_cell_is_no_caption(cell: str, tmp_path: Path) -> None:
+    rows = [("a.jpg", "['a dog', 'a cat']", "train"), ("b.jpg", cell, "train"), ("c.jpg", "[", "val")]
+    pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp_path / "c.csv", index=False)
+    captions = [("a.jpg", "a dog"), ("a.jpg", "a cat"), ("b.jpg", ""), ("c.jpg", "[")]
+    assert [row[:2] for row in read(tmp_path / "c.csv")] == captions
+
+
 def test_a_list_as_numpy_prints_it_is_refused_rather_than_joined(tmp_path: Path) -> None:
     rows = [("a.jpg", "fine", "train"), ("b.jpg", "['a dog' 'a cat']", "train")]
     pd.DataFrame(rows, columns=COLUMNS).to_csv(tmp_path / "c.csv", index=False)

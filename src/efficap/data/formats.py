@@ -135,7 +135,8 @@ def _check_columns(setting: str, columns: dict[str, str], present: list[str]) ->
 def _list_like(cells: pd.Series[str]) -> Iterator[tuple[int, str]]:
     for row, cell in enumerate(cells):
         text = cell.strip()
-        if text.startswith(("['", '["')) and text.endswith(("']", '"]')):
+        is_empty = text[:1] == "[" and text[1:].strip() == "]"  # as pandas writes a picture without captions
+        if is_empty or (text.startswith(("['", '["')) and text.endswith(("']", '"]'))):
             yield row, text
 
 
