@@ -139,6 +139,24 @@ def test_loader_processes_yield_the_same_batches(colour_table: Path) -> None:
         assert torch.equal(a.images, b.images)
 
 
+def test_captions_that_are_not_learned_leave_each_map_with_its_picture(
+    colour_table: Path, encodings: Encodings
+) -> None:
+    filters = ["data.text.exclude=red"]  # of the pictures 0 and 4
+    data = prepared(colour_table, *CACHED, *filters)[0]
+    assert encodings.pictures == 6 + 4, "to train and to validate on"
+    plain = prepared(colour_table, *filters)[0]
+    maps, others = images_of(data), images_of(prepared(colour_table, *CACHED)[0])
+    assert maps.keys() == {image_id for image_id in others if image_id not in ("train_0.jpg", "train_4.jpg")}
+    for image_id, image in maps.items():
+        assert torch.equal(image, others[image_id])
+    pairs = zip(data.evaluation_dataloader("train"), plain.evaluation_dataloader("train"), strict=True)
+    for batch, expected in pairs:
+        assert batch.image_ids == expected.image_ids
+        assert batch.references == expected.references
+        assert torch.equal(batch.images, expected.images), "read, as training has maps of some alone"
+
+
 def test_a_changed_picture_alone_is_encoded_anew(colour_table: Path, encodings: Encodings) -> None:
     before = images_of(prepared(colour_table, *CACHED)[0])
     assert encodings.pictures == 12, (

@@ -324,11 +324,22 @@ def test_quarantined_pictures_are_left_out(colour_table: Path) -> None:
 def test_captions_are_filtered_in_training_alone_and_counted(colour_table: Path) -> None:
     data = data_module(colour_table, "data.text.min_words=4", "data.text.exclude=grey")
     assert data.training_size == 6, "two of eight pictures are grey"
-    assert set(data.split("train").captions) == {
-        f"all of it is {colour}" for colour in ("red", "green", "blue")
-    }
+    assert set(data.training_captions()) == {f"all of it is {colour}" for colour in ("red", "green", "blue")}
     assert len(data.split("val").captions) == 8
     assert data.text.left_out == {"fewer than 4 words": 8, "matches grey": 2}
+
+
+def test_a_reference_stays_a_reference_where_the_training_split_is_evaluated(colour_table: Path) -> None:
+    filters = ["data.text.min_words=4", "data.text.exclude=grey"]
+    data, whole = data_module(colour_table, *filters), data_module(colour_table)
+    assert {image_id for batch in data.train_dataloader() for image_id in batch.image_ids} == {
+        f"train_{n}.jpg" for n in (0, 1, 2, 4, 5, 6)
+    }
+    pairs = zip(data.evaluation_dataloader("train"), whole.evaluation_dataloader("train"), strict=True)
+    for batch, expected in pairs:
+        assert batch.image_ids == expected.image_ids
+        assert batch.references == expected.references
+        assert torch.equal(batch.images, expected.images)
 
 
 @pytest.mark.parametrize(

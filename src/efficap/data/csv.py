@@ -81,6 +81,7 @@ class CSVDataModule(CaptionDataModule):
         self.quarantine = Path(quarantine).expanduser() if quarantine is not None else None
         self.quarantined = 0
         self._splits: dict[str, CaptionTable] = {}
+        self._learned: CaptionTable | None = None  # of the prepared training split
         self._rows: dict[str, SharedRows] = {}
         self._files: dict[str, dict[str, Path]] = {}
         self._features: dict[str, FeatureMaps] = {}
@@ -141,26 +142,30 @@ class CSVDataModule(CaptionDataModule):
         except (OSError, ValueError, KeyError) as error:
             raise InputError(f"data.quarantine={file} is no CSV with a column image: {error}") from error
 
+    def in_training(self, split: str) -> CaptionTable:
+        """A split as a training has it: once prepared, ``train`` holds only what is learned, all others are whole."""
+        return self._learned if split == "train" and self._learned is not None else self.split(split)
+
     def training_captions(self) -> Iterable[str]:
-        return self.split("train").captions
+        return self.in_training("train").captions
 
     @property
     def training_size(self) -> int:
-        return len(self.split("train"))
+        return len(self.in_training("train"))
 
     def _prepare_splits(self, splits: list[str]) -> None:
         for name in splits:
             table = self.split(name)
             if self.check:
                 table = self._checked(table)
-            if name == "train":
-                table = self._learnable(table)
-            if not len(table):
-                raise InputError(f"{self.table}: nothing is left of the split {table.split}; {self._why()}")
             self._splits[table.split] = table
+            if name == "train":
+                self._learned = self._learnable(table)
+            if not len(self.in_training(name)):
+                raise InputError(f"{self.table}: nothing is left of the split {table.split}; {self._why()}")
         self.bad_samples.check()
         for name in splits:
-            self._rows[name], cut = encode_table(self.split(name), self.tokenizer, self.max_tokens)
+            self._rows[name], cut = encode_table(self.in_training(name), self.tokenizer, self.max_tokens)
             self.cut_captions += cut
 
     def _why(self) -> str:
@@ -232,7 +237,7 @@ class CSVDataModule(CaptionDataModule):
         return self.cache_dir or table.parent / ".features"
 
     def use_features(self, split: str, maps: FeatureMaps) -> None:
-        """Let the batches of a prepared split hold these maps in place of pixels; of its pictures, in their order."""
+        """Let the batches of a prepared split hold these maps in place of pixels, in the order of `in_training`."""
         self._features[split] = maps
 
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
@@ -250,26 +255,32 @@ class CSVDataModule(CaptionDataModule):
 
     def train_dataloader(self) -> CheckedLoader:
         order = self._training_order(Shuffled(len(self._rows["train"]), self.seed))
-        return self._loader("train", self.training_transform, order)
+        return self._loader(self._rows["train"], self._features.get("train"), self.training_transform, order)
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
-        order = self._evaluation_order(len(self._rows[split]))
-        return self._loader(split, self.evaluation_transform, order)
+        rows, features = self._rows[split], self._features.get(split)
+        if self.in_training(split) is not self.split(
+            split
+        ):  # a caption that is not learned stays a reference
+            rows, _ = encode_table(self.split(split), self.tokenizer, self.max_tokens)
+            features = None  # they are of the pictures that are learned
+        return self._loader(rows, features, self.evaluation_transform, self._evaluation_order(len(rows)))
 
     def _loader(
         self,
-        split: str,
+        rows: SharedRows,
+        features: FeatureMaps | None,
         transform: TrainingTransform | EvaluationTransform,
         order: BatchOrder | EvaluationOrder,
     ) -> CheckedLoader:
         images = CaptionedImages(
-            self._rows[split],
+            rows,
             transform,
             captions_per_image=self.captions_per_image,
             max_pixels=self.max_pixels,
             seed=self.seed,
             pad_id=self.tokenizer.pad_id,
-            features=self._features.get(split),
+            features=features,
             read_timeout=self.read_timeout,
         )
         loader: DataLoader[Any] = DataLoader(

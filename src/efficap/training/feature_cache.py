@@ -111,7 +111,7 @@ def encoder_digest(encoder: ImageEncoder, name: str, preprocessing: Mapping[str,
 
 
 def _pictures(data: CSVDataModule, split: str) -> Pictures:
-    table = data.split(split)
+    table = data.in_training(split)
     files = table.files
     return [(file, stamp(image_id, file)) for image_id, file in zip(table.image_ids, files, strict=True)]
 
