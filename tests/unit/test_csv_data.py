@@ -329,6 +329,22 @@ def test_captions_are_filtered_in_training_alone_and_counted(colour_table: Path)
     assert data.text.left_out == {"fewer than 4 words": 8, "matches grey": 2}
 
 
+def test_an_attribute_is_read_from_the_file_of_its_split_alone(colour_table: Path) -> None:
+    rows = pd.read_csv(colour_table / "captions.csv")
+    for split, part in rows.groupby("split"):
+        part = part.drop(columns="split")
+        part = part.assign(domain=split + part["file_name"]) if split == "test" else part
+        part.to_csv(colour_table / f"{split}.csv", index=False)
+    files = ",".join(
+        f"{key}:{colour_table}/{split}.csv" for key, split in (("train", "train"), ("dev", "test"))
+    )
+    data = data_module(colour_table, f"data.table={{{files}}}", "data.test_split=dev", splits=("train",))
+    domains = {f"test_{n}.jpg": f"testtest_{n}.jpg" for n in range(4)}
+    assert data.attribute("test", "domain") == data.attribute("dev", "domain") == domains
+    with pytest.raises(InputError, match=r"train.csv has no column 'domain'"):
+        data.attribute("train", "domain")
+
+
 def test_a_reference_stays_a_reference_where_the_training_split_is_evaluated(colour_table: Path) -> None:
     filters = ["data.text.min_words=4", "data.text.exclude=grey"]
     data, whole = data_module(colour_table, *filters), data_module(colour_table)

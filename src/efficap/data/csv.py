@@ -247,8 +247,11 @@ class CSVDataModule(CaptionDataModule):
         return self._files[split][image_id]
 
     def attribute(self, split: str, name: str) -> dict[str, str]:
-        values = read_attribute(self.table, self.image_dir, name, self.image_column)
-        return {image_id: values[image_id] for image_id in self.split(split).image_ids}
+        table, files = self.split(split), self.table
+        if isinstance(files, dict):  # those of other splits need not have it
+            files = {key: file for key, file in files.items() if key.strip() == table.split}
+        values = read_attribute(files, self.image_dir, name, self.image_column)
+        return {image_id: values[image_id] for image_id in table.image_ids}
 
     def coco_ids(self) -> dict[str, int]:
         return coco_ids(self.table, self.image_dir)
