@@ -262,10 +262,9 @@ class CSVDataModule(CaptionDataModule):
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
         rows, features = self._rows[split], self._features.get(split)
-        if self.in_training(split) is not self.split(
-            split
-        ):  # a caption that is not learned stays a reference
-            rows, _ = encode_table(self.split(split), self.tokenizer, self.max_tokens)
+        table = self.split(split)
+        if self.in_training(split) is not table:  # a caption that is not learned stays a reference
+            rows, _ = encode_table(table, self.tokenizer, self.max_tokens)
             features = None  # they are of the pictures that are learned
         return self._loader(rows, features, self.evaluation_transform, self._evaluation_order(len(rows)))
 
