@@ -5,12 +5,15 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import signal
 import tarfile
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from conftest import compose, tiny_overrides, write_colour_table
 from PIL import Image
@@ -18,6 +21,7 @@ from started import Started
 from tars import sample, write_tar
 
 from efficap.commands.caption import caption
+from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import CaptionTable, read_table
@@ -106,7 +110,9 @@ def test_parquet_and_lines_say_the_same(run_and_shards: tuple[Path, Path], tmp_p
     assert first["score"] == pytest.approx(sum(first["token_log_probs"]), abs=1e-3)
 
 
-def test_broken_samples_and_shards_get_a_reason(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:
+def test_broken_samples_and_shards_get_a_reason(
+    run_and_shards: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run, shards = run_and_shards
     with tarfile.open(shards / "00000.tar") as source, tarfile.open(tmp_path / "broken.tar", "w") as broken:
         for number, member in enumerate(member for member in source if member.name.endswith(".jpg")):
@@ -125,6 +131,9 @@ def test_broken_samples_and_shards_get_a_reason(run_and_shards: tuple[Path, Path
     assert len(rows) == 8
     assert sorted(reason.partition(":")[0] for reason in reasons) == ["empty tar", "too narrow", "truncated"]
     assert all(bool(row["caption"]) != bool(row["error"]) for row in rows)
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/empty.tar: empty tar; once it changes it is captioned again\n" in said
+    assert "5 pictures captioned, 2 left out (the column error says why); 2 of 2 shards are done" in said
 
 
 def test_a_members_name_that_is_no_text_costs_its_sample_alone(
@@ -140,6 +149,52 @@ def test_a_members_name_that_is_no_text_costs_its_sample_alone(
     assert errors.keys() == {r"caf\udce9", r"../caf\udce9"}
     assert all(error.startswith("unsafe name: ") for error in errors.values())
     assert pd.read_parquet(out / "odd.parquet")["key"].tolist() == ["good", r"caf\udce9", r"../caf\udce9"]
+
+
+def test_a_shard_that_was_not_whole_is_captioned_again_when_it_is(
+    run_and_shards: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, shards = run_and_shards
+    data, tar, out = (shards / "00000.tar").read_bytes(), tmp_path / "00000.tar", tmp_path / "out"
+    settings = [f"run={run}", f"images={tar}", f"out={out}", "num_workers=0"]
+    tar.write_bytes(data[: len(data) // 2])
+    caption(compose("caption", *settings))
+    assert f"{tar}: cut tar; once it changes it is captioned again" in capsys.readouterr().err
+    assert len(lines(out)) < 6
+    tar.write_bytes(data)
+    caption(compose("caption", *settings))
+    said = capsys.readouterr().err
+    assert "1 of 1 shards have changed since; these are captioned once more" in said
+    assert "6 pictures captioned; 1 of 1 shards are done" in said
+    assert len(lines(out)) == len(pd.read_parquet(out / "00000.parquet")) == 6
+    caption(compose("caption", *settings))
+    assert "0 pictures captioned; 1 of 1 shards are done" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("of", ["another data set", "an earlier version"])
+def test_results_that_are_not_the_shards_are_refused_before_anything_is_loaded(
+    run_and_shards: tuple[Path, Path], tmp_path: Path, of: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, shards = run_and_shards
+    settings = [f"run={run}", f"out={tmp_path}/out", "num_workers=0"]
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        shutil.copy2(shards / "00000.tar", tmp_path / name)
+    caption(compose("caption", *settings, f"images={tmp_path}/first"))
+    results, again = tmp_path / "out/00000.parquet", "second"
+    if of == "an earlier version":
+        pq.write_table(pq.read_table(results).replace_schema_metadata(None), results)
+        again = "first"
+    before = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(RunDirectory, "captioner", never)
+    reason = "00000.parquet (has the captions of .*first/00000.tar, not of|does not say which tar)"
+    with pytest.raises(InputError, match=rf"{reason}.*; name another folder with out=DIR"):
+        caption(compose("caption", *settings, f"images={tmp_path}/{again}"))
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
 def test_results_of_another_decoding_are_not_mixed(run_and_shards: tuple[Path, Path], tmp_path: Path) -> None:

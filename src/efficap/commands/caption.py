@@ -58,14 +58,12 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
             raise InputError(
                 f"attention={cfg['attention']} is for pictures; shards get no page to show it on"
             )
-        writer, batch_size = load()
         caption_shards(
-            writer,
+            load,
             transform,
             cfg["images"],
             Path(cfg["out"]) if cfg["out"] else None,
             run.path,
-            batch_size=batch_size,
             num_workers=workers,
             device=device,
             record=record,

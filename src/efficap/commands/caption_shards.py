@@ -8,20 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
-import os
-from collections.abc import Iterator
+import functools
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from efficap.commands.caption_output import CaptioningBar, as_row, check_record, escaped, keep_record
+from efficap.commands.shard_results import Origin, is_done, write_results
 from efficap.data.pictures import Picture
 from efficap.data.shards.names import find_shards
 from efficap.data.shards.tar import Broken, SampleError, TarSample, read_contents
@@ -37,58 +35,90 @@ def names_shards(images: str) -> bool:
 
 
 def caption_shards(
-    writer: CaptionWriter,
+    load: Callable[[], tuple[CaptionWriter, int]],
     transform: EvaluationTransform,
     shards: str,
     out: Path | None,
     run: Path,
     *,
-    batch_size: int,
     num_workers: int,
     device: torch.device,
     record: dict[str, Any],
 ) -> None:
-    """Write ``<shard>.parquet`` and ``<shard>.jsonl`` for every shard that has none yet.
+    """Write ``<shard>.parquet`` and ``<shard>.jsonl`` for every shard that has none yet, or has changed since.
 
     Args:
-        writer: writes the captions.
+        load: gives what writes the captions, and how many pictures it takes at a time.
         transform: the encoder's own.
         shards: what `find_shards` knows.
         out: the folder of the results; None: ``RUN/captions/<folder of the shards>``.
         run: the run directory.
-        batch_size: pictures at a time.
         num_workers: loader processes.
         device: where the model lies.
         record: what the captions are made with, kept beside the results.
 
     Raises:
-        InputError: no such shards, two of one name, or a folder with results of another run, decoding or precision.
+        InputError: no such shards, two of one name, or a folder with results of another run, decoding or precision, or
+            of other shards.
     """
     tars = find_shards(shards, "images")
     if len({tar.stem for tar in tars}) < len(tars):
         raise InputError(f"images={shards}: two shards have the same name; caption their folders one by one")
     folder = out or run / "captions" / tars[0].parent.name
     check_record(folder, record)
+    states = [is_done(folder, tar) for tar in tars]  # all that can be refused, before anything is loaded
+    if changed := states.count(False):
+        _say(f"{changed:,} of {len(tars):,} shards have changed since; these are captioned once more")
     keep_record(folder, record)
+    writer, batch_size = load()
+    captioned = functools.partial(
+        _captioned,
+        writer=writer,
+        transform=transform,
+        batch_size=batch_size,
+        num_workers=num_workers,
+        device=device,
+    )
     total = sum(tar.stat().st_size for tar in tars)  # bytes: known without reading the tars
+    failed = 0
     with CaptioningBar(f"Captioning {len(tars):,} shards", total) as bar:
         for tar in tars:
             with _claimed(folder, tar) as mine:
                 if mine:
-                    rows, size = [], tar.stat().st_size
-                    for row, share in _captioned(tar, writer, transform, batch_size, num_workers, device):
-                        rows.append(row)
-                        bar.count_picture(share * size)
-                    _write(folder, tar, rows)
+                    failed += _caption_shard(folder, tar, captioned, bar)
                 else:
                     bar.leave_out(tar.stat().st_size)
-    done = sum(_results(folder, tar).is_file() for tar in tars)
-    Console(stderr=True).print(
-        f"{bar.pictures:,} pictures captioned; {done:,} of {len(tars):,} shards are done, in {folder}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+    done = sum(is_done(folder, tar) is True for tar in tars)
+    left_out = f", {failed:,} left out (the column error says why)" if failed else ""
+    _say(
+        f"{bar.pictures - failed:,} pictures captioned{left_out}; "
+        f"{done:,} of {len(tars):,} shards are done, in {folder}"
     )
+
+
+def _caption_shard(
+    folder: Path,
+    tar: Path,
+    captioned: Callable[[Path, list[TarSample]], Iterator[dict[str, Any]]],
+    bar: CaptioningBar,
+) -> int:
+    """Write the results of a shard; returns how many of its samples have no caption."""
+    origin = Origin.of(tar)  # first: should the tar change while it is read, it is captioned again
+    contents = read_contents(tar)
+    rows = []
+    for row in captioned(tar, contents.samples):
+        rows.append(row)
+        bar.count_picture(origin.size / len(contents.samples))
+    failed = sum(bool(row["error"]) for row in rows)
+    if contents.problem is not None:
+        rows.append(as_row("key", "", [], contents.problem))
+        _say(f"{tar}: {contents.problem}; once it changes it is captioned again", bar.console)
+    write_results(folder, tar, origin, rows)
+    return failed
+
+
+def _say(text: str, console: Console | None = None) -> None:
+    (console or Console(stderr=True)).print(text, soft_wrap=True, highlight=False, markup=False)
 
 
 @contextlib.contextmanager
@@ -101,38 +131,32 @@ def _claimed(folder: Path, tar: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield not _results(folder, tar).is_file()
-    if _results(folder, tar).is_file():
+        yield not is_done(folder, tar)
+    if is_done(folder, tar):
         lock.unlink(missing_ok=True)
-
-
-def _results(folder: Path, tar: Path) -> Path:
-    return folder / f"{tar.stem}.parquet"
 
 
 def _captioned(
     tar: Path,
+    samples: list[TarSample],
+    *,
     writer: CaptionWriter,
     transform: EvaluationTransform,
     batch_size: int,
     num_workers: int,
     device: torch.device,
-) -> Iterator[tuple[dict[str, Any], float]]:
-    """A row for each sample, and its share of the tar."""
-    contents = read_contents(tar)
+) -> Iterator[dict[str, Any]]:
+    """A row for each sample."""
     loader: DataLoader[Any] = DataLoader(
-        TarPictures(tar, contents.samples, transform),
+        TarPictures(tar, samples, transform),
         batch_size=batch_size,
         num_workers=num_workers,
         collate_fn=list,
     )
-    share = 1 / max(1, len(contents.samples))
     for loaded in loader:
         for name, captions, error in writer.write_loaded(loaded, device):
             key = escaped(name.removeprefix(f"{tar.stem}/"))  # a member's name need not be UTF-8
-            yield as_row("key", key, captions, error), share
-    if contents.problem is not None:
-        yield as_row("key", "", [], contents.problem), 0.0
+            yield as_row("key", key, captions, error)
 
 
 class TarPictures(Dataset[tuple[str, Tensor | None, str]]):
@@ -158,36 +182,3 @@ class TarPictures(Dataset[tuple[str, Tensor | None, str]]):
             return name, self.transform(Picture(data)), ""
         except Broken as error:
             return name, None, str(error)
-
-
-_SCHEMA = pa.schema(
-    [
-        ("key", pa.string()),
-        ("caption", pa.string()),
-        ("error", pa.string()),
-        (
-            "captions",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("text", pa.string()),
-                        ("score", pa.float32()),
-                        ("ended", pa.bool_()),
-                        ("tokens", pa.list_(pa.int32())),
-                        ("token_log_probs", pa.list_(pa.float32())),
-                    ]
-                )
-            ),
-        ),
-    ]
-)
-
-
-def _write(folder: Path, tar: Path, rows: list[dict[str, Any]]) -> None:
-    """The lines first, the Parquet last: that it is there means that the shard is done."""
-    temporary = folder / f".{tar.stem}.{os.getpid()}"
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(lines, encoding="utf-8")
-    os.replace(temporary, folder / f"{tar.stem}.jsonl")
-    pq.write_table(pa.Table.from_pylist(rows, _SCHEMA), temporary)
-    os.replace(temporary, _results(folder, tar))
