@@ -11,7 +11,20 @@ from pathlib import Path
 from PIL import Image
 
 # Pillow knows more, one of which (EPS) starts another program, and most of which are little watched.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "TGA", "JPEG2000")
+# Their suffixes tell which files of a folder are pictures; of TGA's four the others mostly mean something else.
+SUFFIXES = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "BMP": (".bmp",),
+    "TIFF": (".tif", ".tiff"),
+    "AVIF": (".avif", ".avifs"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "TGA": (".tga",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx", ".jpf", ".jpc", ".j2c"),
+}
+FORMATS = tuple(SUFFIXES)
 MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
 _BYTES_OF_PIXEL = 8  # of the largest kind, 16 bits of red, green, blue and alpha, not compressed
 _BYTES_BESIDE = 1 << 24  # metadata

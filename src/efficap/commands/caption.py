@@ -21,7 +21,7 @@ from efficap.commands.caption_folder import (
     print_outcome,
 )
 from efficap.commands.caption_output import CaptioningBar, done_with
-from efficap.commands.caption_shards import caption_shards, names_shards
+from efficap.commands.caption_shards import caption_shards, check_shards_alone, names_shards
 from efficap.commands.kinds import check_form
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.schema import CAPTION
@@ -54,6 +54,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
     if names_shards(cfg["images"]):
+        check_shards_alone(cfg["images"])
         if looking:
             raise InputError(
                 f"attention={cfg['attention']} is for pictures; shards get no page to show it on"

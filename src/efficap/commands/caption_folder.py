@@ -23,12 +23,12 @@ from torch.utils.data import Dataset
 
 from efficap.commands.caption_output import RECORD, as_row, check_record, escaped, keep_record
 from efficap.data.pictures import Picture, PictureError
-from efficap.data.shards.tar import IMAGE_SUFFIXES
 from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
 from efficap.evaluation.attention import Word
 from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.evaluation.results import replacing
+from efficap.picture_files import SUFFIXES
 from efficap.training.writer import WrittenCaption
 
 POINTING = (
@@ -70,11 +70,11 @@ def find_pictures(images: str, setting: str = "images") -> list[Path]:
     if path.is_file():
         return [path]
     if path.is_dir():
-        found = [file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()]
+        found = list(pictures_below(path))
     else:
         found = [Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file()]
     if not found:
-        kinds = ", ".join(suffix[1:] for suffix in IMAGE_SUFFIXES)
+        kinds = ", ".join(suffixes[0][1:] for suffixes in SUFFIXES.values())
         what = (
             "holds no picture"
             if path.is_dir()
@@ -82,6 +82,25 @@ def find_pictures(images: str, setting: str = "images") -> list[Path]:
         )
         raise InputError(f"{setting}={images} {what} ({kinds})")
     return sorted(found)
+
+
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """The files below a folder whose suffix is a picture's, in no order.
+
+    Linked folders are walked too, after all others: each folder once, under its own path if that is below `folder`.
+    """
+    suffixes = {suffix for of_format in SUFFIXES.values() for suffix in of_format}
+    walked: set[str] = set()
+    waiting = [folder]
+    while waiting:
+        for place, folders, names in os.walk(waiting.pop(0)):
+            if (real := os.path.realpath(place)) in walked:
+                folders.clear()
+                continue
+            walked.add(real)
+            waiting += [link for name in sorted(folders) if (link := Path(place, name)).is_symlink()]
+            files = (Path(place, name) for name in names)
+            yield from (file for file in files if file.suffix.lower() in suffixes and file.is_file())
 
 
 class Pictures(Dataset[tuple[str, Tensor | None, str]]):

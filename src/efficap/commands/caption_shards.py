@@ -18,6 +18,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from efficap.commands.caption_folder import pictures_below
 from efficap.commands.caption_output import CaptioningBar, as_row, check_record, escaped, keep_record
 from efficap.commands.shard_results import Origin, is_done, write_results
 from efficap.data.pictures import Picture
@@ -32,6 +33,21 @@ def names_shards(images: str) -> bool:
     """Whether `images` means tars: a name, brace list or glob that ends in .tar, or a folder that holds some."""
     path = Path(images).expanduser()
     return images.endswith(".tar") or (path.is_dir() and any(path.glob("*.tar")))
+
+
+def check_shards_alone(images: str) -> None:
+    """Refuse a folder of which not all would be captioned.
+
+    Raises:
+        InputError: `images` is a folder that holds pictures beside its shards.
+    """
+    folder = Path(images).expanduser()
+    picture = next(pictures_below(folder), None)
+    if picture is not None:
+        raise InputError(
+            f"images={images} holds shards and pictures, such as {picture}; name either alone: "
+            f"images='{folder}/*.tar' for the shards, images='{picture.parent}/*{picture.suffix}' for such pictures"
+        )
 
 
 def caption_shards(

@@ -12,6 +12,7 @@ from efficap.data.pictures import PictureError
 
 BLOCK = 512  # bytes; a member's header is the block before its data
 
+# As webdataset's writers name pictures. More of them would change what a tar holds, and so need every index made anew.
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 TEXT_SUFFIX, JSON_SUFFIX = ".txt", ".json"
 
