@@ -145,6 +145,11 @@ def tiny_overrides(table_dir: Path, output_dir: Path) -> list[str]:
     ]
 
 
+def going_on(run: Path | str, *changes: str) -> dict[str, Any]:
+    """Settings that go on with a run, beside which nothing may be said but what it is to do otherwise."""
+    return compose("train", "name=x", "output_dir=x", f"resume={run}", *changes)
+
+
 def write_random_run(run: Path, *overrides: str, **changes: Any) -> Path:
     """A run as training leaves it, with random weights that say different things, and end, for different pictures."""
     from efficap.commands.run_dir import write_run

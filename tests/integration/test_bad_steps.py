@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import WORDS, compose, tiny_overrides, write_colour_table
+from conftest import WORDS, compose, going_on, tiny_overrides, write_colour_table
 from lightning.pytorch.plugins.precision import MixedPrecision
 from PIL import Image
 from test_resume import CHANCE, assert_equal_runs, die_at, kill
@@ -210,7 +210,7 @@ def test_a_training_with_bad_steps_goes_on_exactly(
     with monkeypatch.context() as patch:
         spoil(patch, 4, 5, 7)
         with pytest.warns(UserWarning, match="left out so far: 3"):
-            train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+            train(going_on(run))
     assert_equal_runs(run, whole)
     assert_equal_states(run, whole)
 
@@ -257,7 +257,7 @@ def test_bad_steps_that_do_not_end_stop_the_training_and_leave_the_batch(
         assert all(word in WORDS_IN_CAPTIONS for word in sample["captions"][0].split())
     assert (run / "checkpoints" / LAST).is_file()
     assert all(value.isfinite().all() for value in state_of(run).values())
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     assert json.loads((run / "metrics.json").read_text())["finished"]
 
 

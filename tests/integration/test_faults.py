@@ -20,9 +20,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, going_on, tiny_overrides, write_colour_table
 from test_resume import CHANCE, assert_equal_runs, die_at
-from test_scst import said
 from torch.utils.data import DataLoader
 from wandb_files import OfflineRun, finished_run
 
@@ -143,7 +142,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
     )
     assert f"python train.py resume={run} goes on from the latest checkpoint" in str(error.value)
     assert time.monotonic() - started < 120, "it does not wait for ever"
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     assert_equal_runs(run, undisturbed)
 
 
@@ -165,12 +164,10 @@ def test_memory_that_runs_out_is_told_with_what_helps(
         f"weights by init_from={run}: data.batch_size=1 trainer.accumulate_grad_batches=2, or a model.image_size "
         "below 64"
     )
-    advice = [f"resume={run}", "gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
-    with monkeypatch.context() as patch:
-        said(patch, *advice)
-        settings = with_settings_of(RunDirectory(run), compose("train", "name=x", "output_dir=x", *advice))
-        assert (settings["gradient_checkpointing"], settings["trainer"]["precision"]) == (True, "bf16-mixed")
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    advice = ["gradient_checkpointing=true", "trainer.precision=bf16-mixed"]
+    settings = with_settings_of(RunDirectory(run), going_on(run, *advice))
+    assert (settings["gradient_checkpointing"], settings["trainer"]["precision"]) == (True, "bf16-mixed")
+    train(going_on(run))
     assert_equal_runs(run, undisturbed)
 
 
@@ -401,7 +398,7 @@ def test_a_disk_that_stays_full_ends_the_training_with_what_to_do(
         ):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     filler.unlink()
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     assert_equal_runs(run, undisturbed)
 
 

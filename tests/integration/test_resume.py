@@ -15,11 +15,10 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, going_on, tiny_overrides, write_colour_table
 from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 from started import Started
-from test_scst import said
 
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.train import train
@@ -132,7 +131,7 @@ def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
     if not (run / "checkpoints" / LAST).is_file():
         assert after == 1
         return
-    again = train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
+    again = train(going_on(run))
     assert again == run
     assert_equal_runs(run, undisturbed)
 
@@ -147,7 +146,7 @@ def test_a_training_by_muon_goes_on_exactly(
         die_at(patch, "training_step", 5, kill)
         with pytest.raises(KilledError):
             train(compose("train", *tiny_overrides(folder, run), *command))
-    train(compose("train", *tiny_overrides(folder, tmp_path / "other"), f"resume={run}"))
+    train(going_on(run))
     assert_equal_runs(run, expected)
 
 
@@ -174,7 +173,7 @@ def test_a_signal_is_answered_with_a_checkpoint_as_soon_as_there_can_be_one(
         with pytest.raises(SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *settings))
     assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == step
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     assert_equal_runs(run, whole)
 
 
@@ -198,7 +197,7 @@ def test_a_training_by_the_clock_that_is_stopped_in_its_last_validation_comes_to
         assert stopped.value.code == 143
     assert not (run / "model.safetensors").exists()
     steps = read_checkpoint(run / "checkpoints" / LAST)["global_step"]
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["finished"]
     assert metrics["steps"] == steps + 1
@@ -220,7 +219,7 @@ def test_a_training_whose_weights_could_not_be_written_is_not_finished(
         ):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     assert not json.loads((run / "metrics.json").read_text())["finished"]
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     assert json.loads((run / "metrics.json").read_text())["finished"]
     assert (run / "model.safetensors").is_file()
 
@@ -234,9 +233,7 @@ def stop_and_go_on(
         die_at(patch, "training_step", after, kill)
         with pytest.raises(KilledError):
             train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE, *overrides))
-    return train(
-        compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={tmp_path / 'run'}")
-    ), whole
+    return train(going_on(tmp_path / "run")), whole
 
 
 @pytest.mark.parametrize(
@@ -266,9 +263,7 @@ def test_self_critical_training(
         die_at(patch, "training_step", 6, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={tmp_path / 'run'}"))
-    assert_equal_runs(
-        train(compose("train", *overrides, f"resume={tmp_path / 'run'}", "output_dir=x")), whole
-    )
+    assert_equal_runs(train(going_on(tmp_path / "run")), whole)
 
 
 def test_features_of_a_frozen_encoder_are_not_made_again(
@@ -282,15 +277,13 @@ def test_features_of_a_frozen_encoder_are_not_made_again(
         f"data.feature_cache_dir={tmp_path}/maps",
     ]
     overrides = [*data, *cache, "checkpoint.every_steps=1", f"init_from={undisturbed}"]
-    said(monkeypatch, *cache)
     with monkeypatch.context() as patch:
         die_at(patch, "training_step", 3, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={tmp_path / 'run'}"))
     with monkeypatch.context() as patch:
         patch.setattr("efficap.training.feature_cache._fill", lambda *_: pytest.fail("encoded again"))
-        said(monkeypatch)
-        train(compose("train", *overrides, f"resume={tmp_path / 'run'}", "output_dir=x"))
+        train(going_on(tmp_path / "run"))
     assert len(list((tmp_path / "maps").iterdir())) == 1
 
 
@@ -328,14 +321,12 @@ def test_shards_and_tables_mixed(
         die_at(patch, "training_step", after, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={run}"))
-    said(monkeypatch, f"resume={run}", "data.num_workers=0")
     with pytest.raises(
         InputError, match=r"here it is \+\+data.sources.first.num_workers=0, .*second.num_workers=0$"
     ):
-        train(compose("train", "name=x", "output_dir=x", f"resume={run}", "data.num_workers=0"))
+        train(going_on(run, "data.num_workers=0"))
     change = "++data.sources.second.num_workers=0"
-    said(monkeypatch, f"resume={run}", change)
-    assert_equal_runs(train(compose("train", "name=x", "output_dir=x", f"resume={run}", change)), whole)
+    assert_equal_runs(train(going_on(run, change)), whole)
     sources = RunDirectory(run).config["data"]["sources"]
     assert [sources[name]["num_workers"] for name in ("first", "second")] == [1, 0]
 
@@ -360,7 +351,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
     middle = len(whole) // 2
     file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 255]) + whole[middle + 1 :])
     with pytest.warns(UserWarning, match=r"last.ckpt is damaged at .*; going on from the one before"):
-        train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+        train(going_on(run))
     assert_equal_runs(run, undisturbed)
     assert not damage(run / "checkpoints" / PREVIOUS), (
         "a damaged one does not take the place of the one before"
@@ -430,35 +421,34 @@ def test_the_same_command_again_goes_on_by_itself(
     assert other == tmp_path / "fourth", "another seed is another training"
 
 
-@pytest.mark.parametrize("again", ["resume={run}", "resume=auto"])
+@pytest.mark.parametrize("is_named", [True, False])
 def test_a_run_that_a_process_trains_in_is_left_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, again: str
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
 ) -> None:
     run = stopped_run(folder, tmp_path / "run", monkeypatch, "resume=auto")
-    command = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, again.format(run=run)]
+    same = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, "resume=auto"]
+    cfg = going_on(run) if is_named else compose("train", *same)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     with begun(run), monkeypatch.context() as patch:
         patch.setattr("efficap.data.csv.read_table", lambda *_, **__: pytest.fail("data were prepared"))
         with pytest.raises(InputError, match=rf"^{run}: another process trains in it; wait for its end"):
-            train(compose("train", *command))
+            train(cfg)
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
-    assert train(compose("train", *command)) == run, "the other one is gone"
+    assert train(cfg) == run, "the other one is gone"
 
 
 def test_a_run_goes_on_with_its_own_settings(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = stopped_run(folder, tmp_path / "run", monkeypatch)
-    said(monkeypatch, f"resume={run}", "optimizer.lr.encoder=1")
     with pytest.raises(
         InputError, match=r"optimizer.lr.encoder=1: resume=\S+ goes on with that run's own settings"
     ):
-        train(compose("train", "name=x", "output_dir=x", f"resume={run}", "optimizer.lr.encoder=1"))
-    said(monkeypatch, f"resume={run}", "trainer.max_epochs=5")
-    train(compose("train", "name=x", "output_dir=x", f"resume={run}", "trainer.max_epochs=5"))
+        train(going_on(run, "optimizer.lr.encoder=1"))
+    train(going_on(run, "trainer.max_epochs=5"))
     assert json.loads((run / "metrics.json").read_text())["epochs"] == 5
     with pytest.raises(InputError, match=r"resume=nowhere does not exist"):
-        train(compose("train", "name=x", "output_dir=x", "resume=nowhere"))
+        train(going_on("nowhere"))
 
 
 def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(
@@ -468,11 +458,10 @@ def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alon
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     # Its last checkpoint is of before the third epoch's validation, after 12 steps.
     for below, reached in (("trainer.max_epochs=1", 2), ("trainer.max_steps=11", 12)):
-        said(monkeypatch, f"resume={run}", below)
         with pytest.raises(
             InputError, match=rf"{below} must be at least {reached}, to which the training has"
         ):
-            train(compose("train", "name=x", "output_dir=x", f"resume={run}", below))
+            train(going_on(run, below))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before
 
 
@@ -484,7 +473,7 @@ def test_wandb_goes_on_with_its_run_and_says_how_to_send_it(
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
     run = stopped_run(folder, tmp_path / "run", monkeypatch, "logger=wandb")
     before = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
-    train(compose("train", *tiny_overrides(folder, tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     after = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(before) == 1
     assert len(after) == 2, "offline, each process writes a file of its own"

@@ -8,14 +8,13 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
 from efficap.commands.evaluate import evaluate
@@ -101,14 +100,7 @@ def test_the_samples_of_a_training_are_reproducible(start: tuple[Path, Path], tm
     assert tables[0]["train/reward"].equals(tables[1]["train/reward"])
 
 
-def said(monkeypatch: pytest.MonkeyPatch, *overrides: str) -> None:
-    """Hydra's own record of a command line."""
-    cfg = OmegaConf.create({"hydra": {"mode": "RUN", "overrides": {"task": list(overrides)}}})
-    monkeypatch.setattr(HydraConfig, "instance", lambda *_, **__: OmegaConf.create({"cfg": cfg}))
-    monkeypatch.setattr(HydraConfig, "initialized", lambda: True)
-
-
-def with_start(start: tuple[Path, Path], *overrides: str) -> dict[str, object]:
+def with_start(start: tuple[Path, Path], *overrides: str) -> dict[str, Any]:
     cfg = compose("train", "name=x", "output_dir=o", "data=demo", f"init_from={start[1]}", *overrides)
     return with_model_of(RunDirectory(start[1]), cfg)
 
@@ -125,23 +117,19 @@ def with_start(start: tuple[Path, Path], *overrides: str) -> dict[str, object]:
     ],
 )
 def test_another_model_than_the_runs_is_refused(
-    start: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, override: str, message: str
+    start: tuple[Path, Path], override: str, message: str
 ) -> None:
-    said(monkeypatch, override)
     with pytest.raises(InputError, match=message):
         with_start(start, override)
 
 
-def test_what_fits_the_runs_model_may_be_said(
-    start: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fits_the_runs_model_may_be_said(start: tuple[Path, Path]) -> None:
     changes = [
         "model.image_size=64",
         "model.encoder.frozen=true",
         "model.lr.bridge=0.125",
         "optimizer.lr.encoder=0.25",
     ]
-    said(monkeypatch, *changes)
     cfg = with_start(start, *changes)
     expected = RunDirectory(start[1]).config["model"]
     expected["encoder"]["frozen"] = True
@@ -150,14 +138,27 @@ def test_what_fits_the_runs_model_may_be_said(
     assert cfg["optimizer"]["lr"] == {"encoder": 0.25, "bridge": 0.125, "decoder": expected["lr"]["decoder"]}
 
 
+def test_of_two_configurations_each_holds_what_was_said_of_it(start: tuple[Path, Path]) -> None:
+    begin = ["name=x", "output_dir=x", f"init_from={start[1]}"]
+    frozen = compose("train", *begin, "model.encoder.frozen=true")
+    other = compose("train", *begin, "model.bridge.dropout=0.5")
+    run = RunDirectory(start[1])
+    for cfg, wanted in ((frozen, (True, 0.0)), ({**frozen, "seed": 1}, (True, 0.0)), (other, (False, 0.5))):
+        model = with_model_of(run, cfg)["model"]
+        assert (model["encoder"]["frozen"], model["bridge"]["dropout"]) == wanted
+
+
+def test_what_was_said_is_no_setting_of_a_run(start: tuple[Path, Path]) -> None:
+    assert "overrides" not in RunDirectory(start[1]).config
+    assert "overrides" not in compose("eval", "run=x")
+
+
 def test_a_run_goes_on_with_larger_pictures_more_blocks_and_more_words(
     start: tuple[Path, Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     changes = ["model.image_size=96", "model.bridge.n_blocks=2", "model.tokenizer.vocab_size=310"]
-    said(monkeypatch, *changes)
     overrides = from_run(
         start, tmp_path / "run", *changes, "optimizer.lr={encoder: 0.0, bridge: 0.0, decoder: 0.0}"
     )

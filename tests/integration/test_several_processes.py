@@ -16,10 +16,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, going_on, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
 from test_resume import assert_equal_runs, die_at, terminate
-from test_scst import said
 
 from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
@@ -164,8 +163,7 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(
     assert re.search(r"exitcode *: 143", stopped.stderr), "torchrun tells what became of its processes"
     first, second = (seen(tmp_path / "two", rank) for rank in range(2))
     assert [step[0] for step in first] == [step[0] for step in second] == [str(n) for n in range(8)]
-    said(monkeypatch, f"resume={run}", "trainer.strategy=null")
-    train(compose("train", "name=x", "output_dir=x", f"resume={run}", "trainer=cpu"))
+    train(going_on(run, "trainer.strategy=null"))
     assert_like(run, alone)
 
 

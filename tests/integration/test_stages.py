@@ -12,10 +12,10 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, going_on, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
 from started import Started
-from test_resume import CHANCE, KilledError, assert_equal_runs, die_at, kill, log_of, said, terminate
+from test_resume import CHANCE, KilledError, assert_equal_runs, die_at, kill, log_of, terminate
 
 from efficap.batch import CaptionBatch
 from efficap.commands.caption import caption
@@ -55,7 +55,12 @@ def overrides(folders: dict[str, Path], run: Path, *more: str) -> list[str]:
         f"+stages.second.data={{table: {folders['second']}/captions.csv, image_dir: {folders['second']}/images}}",
         "+stages.second.model.encoder.frozen=true",
     ]
-    return [*tiny_overrides(folders["first"], run), *CHANCE, *stages, *more]
+    return [*unlimited(folders["first"], run), *CHANCE, *stages, *more]
+
+
+def unlimited(folder: Path, run: Path) -> list[str]:
+    """Overrides without a limit, which each stage has of its own."""
+    return [o for o in tiny_overrides(folder, run) if not o.startswith("trainer.max_epochs")]
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +99,7 @@ def test_a_stage_starts_from_the_weights_that_the_one_before_ended_with(
     folders: dict[str, Path], tmp_path: Path
 ) -> None:
     """A second stage that learns nothing leaves the weights of a training that is the first stage alone."""
-    same = [*tiny_overrides(folders["first"], tmp_path / "plain"), *CHANCE, "trainer.limit_val_batches=0"]
+    same = [*unlimited(folders["first"], tmp_path / "plain"), *CHANCE, "trainer.limit_val_batches=0"]
     plain = train(compose("train", *same, "trainer.max_epochs=2"))
     rates = "{encoder: 0.0, bridge: 0.0, decoder: 0.0}"
     still = f"{{trainer: {{max_steps: 1}}, model: {{encoder: {{frozen: true}}}}, optimizer: {{lr: {rates}}}}}"
@@ -131,7 +136,7 @@ def test_a_training_stopped_in_any_stage_ends_as_one_that_was_not(
         with pytest.raises(SystemExit if status else KilledError):
             train(compose("train", *overrides(folders, run)))
     assert stage_of(run / "checkpoints" / LAST).name == stage
-    again = train(compose("train", *tiny_overrides(folders["first"], tmp_path / "x"), f"resume={run}"))
+    again = train(going_on(run))
     assert again == run
     assert_equal_runs(run, whole)
 
@@ -147,7 +152,7 @@ def test_the_order_goes_on_where_stages_share_their_data(
         return step(self, batch, number)
 
     monkeypatch.setattr(CaptionModule, "training_step", watched)
-    tiny = [*tiny_overrides(folders["first"], tmp_path / "run"), "data.captions_per_image=1"]
+    tiny = [*unlimited(folders["first"], tmp_path / "run"), "data.captions_per_image=1"]
     train(compose("train", *tiny, "trainer.max_epochs=2"))
     one, seen = seen, []
     train(compose("train", *tiny, "stages={a: {trainer: {max_epochs: 1}}, b: {trainer: {max_epochs: 1}}}"))
@@ -163,7 +168,7 @@ def test_a_stage_may_train_for_another_objective(folders: dict[str, Path], tmp_p
         "+training@stages.again.training=cross_entropy",
     ]
     limits = [f"+stages.{name}.trainer={{max_epochs: 1}}" for name in ("again", "tuned", "first")]
-    run = train(compose("train", *tiny_overrides(folders["first"], tmp_path / "run"), *chosen, *limits))
+    run = train(compose("train", *unlimited(folders["first"], tmp_path / "run"), *chosen, *limits))
     log = log_of(run)
     assert log["train/reward"].dropna().index.tolist() == [2, 3]
     config = yaml.safe_load((run / "config.yaml").read_text())
@@ -199,7 +204,7 @@ def test_wandb_has_one_run(folders: dict[str, Path], tmp_path: Path, monkeypatch
             train(compose("train", *overrides(folders, run, "logger=wandb")))
     files = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len(files) == 1, "both stages write into one file"
-    train(compose("train", *tiny_overrides(folders["first"], tmp_path / "x"), f"resume={run}"))
+    train(going_on(run))
     files = set((run / "wandb").glob("offline-run-*/run-*.wandb"))
     assert len({file.name for file in files}) == 1, "two processes, one run"
     assert len(files) == 2
@@ -253,19 +258,16 @@ def test_a_mistake_in_any_stage_is_told_before_work_starts(
     folders: dict[str, Path], tmp_path: Path, mistake: str
 ) -> None:
     with pytest.raises(InputError, match=MISTAKES[mistake]) as told:
-        train(compose("train", *tiny_overrides(folders["first"], tmp_path / "run"), mistake))
+        train(compose("train", *unlimited(folders["first"], tmp_path / "run"), mistake))
     assert "\n" not in str(told.value)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_limit_for_all_stages_is_refused(
-    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    said(monkeypatch, "trainer.max_epochs=3")
+def test_a_limit_for_all_stages_is_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(
         InputError, match=r"trainer.max_epochs is each stage's own: stages.first.trainer.max_epochs"
     ):
-        train(compose("train", *overrides(folders, tmp_path / "run")))
+        train(compose("train", *overrides(folders, tmp_path / "run", "trainer.max_epochs=3")))
 
 
 def test_a_run_goes_on_with_its_own_stages(
@@ -277,19 +279,16 @@ def test_a_run_goes_on_with_its_own_stages(
         with pytest.raises(KilledError):
             train(compose("train", *overrides(folders, run, "resume=auto")))
     for change in ("+stages.third.trainer={max_epochs: 1}", "trainer.max_epochs=5", "data.num_workers=1"):
-        said(monkeypatch, f"resume={run}", change)
         with pytest.raises(
             InputError, match=rf"{re.escape(change)}: resume=\S+ goes on with that run's own settings"
         ):
-            train(compose("train", "name=x", "output_dir=x", f"resume={run}", change))
+            train(going_on(run, change))
     for group, name in (("data", "num_workers"), ("training", "max_bad_steps")):
         change = f"++stages.second.{group}.{name}=7"
-        said(monkeypatch, f"resume={run}", change)
-        cfg = compose("train", "name=x", "output_dir=x", f"resume={run}", change)
+        cfg = going_on(run, change)
         settings, own = with_settings_of(RunDirectory(run), cfg)["stages"], RunDirectory(run).config["stages"]
         assert settings["first"] == own["first"]
         assert settings["second"] == {**own["second"], group: {**own["second"][group], name: 7}}
-    monkeypatch.undo()
     turned = overrides(folders, tmp_path / "turned", "resume=auto")
     turned = [o for o in turned if "stages.first" not in o] + [o for o in turned if "stages.first" in o]
     assert train(compose("train", *turned)) == tmp_path / "turned", "another order is another training"
@@ -302,8 +301,8 @@ def test_processes_that_are_killed_in_each_stage(
 ) -> None:
     """The real thing: kill -9 in the first stage and in the second, from the command line."""
     run = tmp_path / "run"
-    said = [o for o in overrides(folders, run) if not o.startswith("trainer.max_epochs")]
-    for stage, arguments in (("first", said), ("second", [f"resume={run}"]), (None, [f"resume={run}"])):
+    again = [f"resume={run}"]
+    for stage, arguments in (("first", overrides(folders, run)), ("second", again), (None, again)):
         process = Started("train.py", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
         file = run / "checkpoints" / LAST
         while process.is_alive() and not (stage and file.is_file() and stage_of(file).name == stage):

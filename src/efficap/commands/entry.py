@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from efficap.commands.command_help import options_of, settings_and_choices
 from efficap.commands.faults import cannot_be_written, dead_loader
+from efficap.commands.said import with_said
 from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
 from efficap.launch import LostProcessError, launch
@@ -135,14 +136,15 @@ def compose(config_name: str, *overrides: str) -> dict[str, Any]:
     """The plain values of conf/`config_name`.yaml and `overrides`, in a program or a notebook.
 
     They are what `train`, `evaluate` and `caption` take. For ``train``, ``name=`` and ``output_dir=`` must be given: on
-    a command line Hydra fills them in.
+    a command line Hydra fills them in (of ``resume=RUN`` both are the run's own). Its values hold the overrides, too:
+    beside ``init_from=`` and ``resume=`` they are what is asked for, and all else is the run's.
 
     Raises:
         InputError: a value is still to be given.
         HydraException: an override that does not fit.
     """
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
-        return plain(hydra.compose(config_name, list(overrides)))
+        return with_said(plain(hydra.compose(config_name, list(overrides))), overrides)
 
 
 def tune_process() -> None:

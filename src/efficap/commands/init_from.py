@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from efficap.commands.run_dir import RunDirectory
-from efficap.commands.said import said_settings
+from efficap.commands.said import is_said, said_settings
 from efficap.errors import InputError
 from efficap.models.build import output_stride
 from efficap.models.captioner import CaptionModel
@@ -32,17 +32,20 @@ _FITTED = {
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     """The values of conf/train.yaml with the model of a run that the training starts from.
 
-    All of it is the run's, learning rates too, but for what the command line says: freezing, regularisation and
+    All of it is the run's, learning rates too, but for what was said (`said_settings`): freezing, regularisation and
     learning rates are taken from there, and sizes that the weights can be fitted to (`load_from`); nothing else may be
     said that differs.
 
     Raises:
-        InputError: the command line asks for another model.
+        InputError: another model was asked for.
     """
     theirs, ours = _leaves(run.config["model"]), _leaves(cfg["model"])
     theirs.setdefault("encoder.output_stride", output_stride(run.config["model"]))
     model: dict[str, Any] = dict(theirs)
-    for key in filter(_is_said, theirs.keys() & ours.keys()):
+    said = said_settings(cfg)
+    for key in theirs.keys() & ours.keys():
+        if not is_said(f"model.{key}", said):
+            continue
         if key in _FREE | _FITTED or key.startswith("lr."):
             model[key] = ours[key]
         elif ours[key] is not None and ours[key] != theirs[key]:  # null is filled by what else is chosen
@@ -99,12 +102,6 @@ def _print_transfer(run: RunDirectory, transfer: Transfer) -> None:
     for name, how in transfer.resized.items():
         table.add_row(name.removesuffix(".weight"), "1", how)
     Console(width=100).print(table)
-
-
-def _is_said(key: str) -> bool:
-    """Whether the command line chose a model, or this setting of it."""
-    said, parts = said_settings(), f"model.{key}".split(".")
-    return any(".".join(parts[: n + 1]) in said for n in range(len(parts)))
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
-from efficap.commands.said import said_settings
+from efficap.commands.said import OVERRIDES, said_settings
 from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
@@ -24,7 +24,7 @@ _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "callbacks.", "gra
 _OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction")
 _OF_STAGE = ("training.max_bad_steps",)
 # What tells a training from itself when it is started again.
-_NOT_COMPARED = ("resume", "output_dir")
+_NOT_COMPARED = ("resume", "output_dir", OVERRIDES)
 
 
 def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
@@ -93,10 +93,10 @@ def leave_no_trace(folder: Path) -> None:
 
 
 def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
-    """The run's own settings, with those that the command line of ``resume=RUN`` names and that may change.
+    """The run's own settings, with those that were said beside ``resume=RUN`` and that may change.
 
     Raises:
-        InputError: the command line names one that may not, or the run would build what is not known here
+        InputError: one was said that may not, or the run would build what is not known here
             (`check_saved_parts`).
     """
     settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
@@ -105,7 +105,7 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
         return settings  # of a run whose settings are those of the command line, to the last one
     if isinstance(settings["logger"], dict) and "save_dir" in settings["logger"]:
         settings["logger"] = {**settings["logger"], "save_dir": str(run.path)}  # the run may have been moved
-    said, of_parts = said_settings(), _of_parts(run.config)
+    said, of_parts = said_settings(cfg), _of_parts(run.config)
     for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
             continue  # said once more, for a run's own code is not imported

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from typing import Any
 
+from efficap.commands.said import is_said
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.module import DemoDataModule
 from efficap.data.mix import MixedDataModule
@@ -61,7 +62,7 @@ def check_saved_parts(config: dict[str, Any], said: Collection[str], where: str)
     for group, targets in allowed.items():
         for path, key, value in _entries(config.get(group), group):
             setting = f"{path}.{key}"
-            if _is_said(setting, said):
+            if is_said(setting, said):
                 continue
             if isinstance(value, str) and "${" in value:
                 raise InputError(
@@ -88,8 +89,3 @@ def _entries(value: Any, path: str) -> Iterator[tuple[str, Any, Any]]:
             yield path, "_target_", key  # which none is
         yield path, key, below
         yield from _entries(below, f"{path}.{key}")
-
-
-def _is_said(setting: str, said: Collection[str]) -> bool:
-    parts = setting.split(".")
-    return any(".".join(parts[: count + 1]) in said for count in range(len(parts)))

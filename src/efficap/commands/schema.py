@@ -144,6 +144,7 @@ TRAIN: Form = {
     "trainer": _TRAINER,
     "logger": or_null(SETTINGS),
     "callbacks": mapping_of(or_null(SETTINGS), "callbacks, each by its settings"),
+    "overrides": optional(list_of(TEXT, "what was said, as KEY=VALUE")),
 }
 
 # Of each stage, and of a training without stages.

@@ -8,6 +8,7 @@ from typing import Any
 from efficap.commands.init_from import with_model_of
 from efficap.commands.resume import named_run, same_run, with_settings_of
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.said import OVERRIDES
 from efficap.commands.stages import with_whole_stages
 from efficap.models.build import resolve_model
 
@@ -35,7 +36,7 @@ def resolved_settings(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory
         cfg = _with_absolute_paths(with_whole_stages(cfg))
         resumed = same_run(cfg)
         cfg = with_settings_of(resumed, cfg) if resumed else cfg
-    return cfg, init_from, resumed
+    return {key: value for key, value in cfg.items() if key != OVERRIDES}, init_from, resumed
 
 
 def _with_absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def with_whole_stages(cfg: Settings) -> Settings:
             "null: a training without stages"
         )
     for limit in _LIMITS:
-        if f"trainer.{limit}" in said_settings():
+        if f"trainer.{limit}" in said_settings(cfg):
             raise InputError(
                 f"trainer.{limit} is each stage's own: {_named(cfg['stages'], f'trainer.{limit}')}"
             )
