@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import compose, tiny_overrides, write_colour_table
+from conftest import compose, tiny_overrides, write_colour_table, write_random_run
 from safetensors.torch import load_file
 
 from efficap.commands.evaluate import evaluate
@@ -136,6 +136,23 @@ def test_what_fits_the_runs_model_may_be_said(start: tuple[Path, Path]) -> None:
     expected["lr"]["bridge"] = 0.125
     assert cfg["model"] == expected
     assert cfg["optimizer"]["lr"] == {"encoder": 0.25, "bridge": 0.125, "decoder": expected["lr"]["decoder"]}
+
+
+def test_a_rate_that_is_said_holds_where_it_is_the_default_models(tmp_path: Path) -> None:
+    """A sweep over rates may meet that of model=tiny, which is not the run's."""
+    run = RunDirectory(
+        write_random_run(tmp_path / "run", "model.lr={encoder: 0.5, bridge: 0.5, decoder: 0.5}")
+    )
+
+    def rates(*overrides: str) -> list[float]:
+        cfg = compose("train", "name=x", "output_dir=x", f"init_from={run.path}", *overrides)
+        return list(with_model_of(run, cfg)["optimizer"]["lr"].values())
+
+    assert rates() == [0.5, 0.5, 0.5]
+    assert [rates(f"optimizer.lr.encoder={lr}")[0] for lr in ("1e-3", "2e-3", "4e-3")] == [1e-3, 2e-3, 4e-3]
+    assert rates("++optimizer.lr.bridge=2e-3") == [0.5, 2e-3, 0.5]
+    assert rates("optimizer.lr={encoder: 2e-3, bridge: 2e-3, decoder: 2e-3}") == [2e-3, 2e-3, 2e-3]
+    assert rates("optimizer=muon") == [0.5, 0.5, 0.5], "its rates are the model's"
 
 
 def test_of_two_configurations_each_holds_what_was_said_of_it(start: tuple[Path, Path]) -> None:

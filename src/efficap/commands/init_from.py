@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from rich.console import Console
@@ -54,7 +55,7 @@ def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
                 f"it is that run's; what may change: {', '.join(sorted(f'model.{key}' for key in _FREE | _FITTED))}"
             )
     lr = {
-        part: model[f"lr.{part}"] if value == cfg["model"]["lr"][part] else value  # said, where it differs
+        part: value if _is_own_rate(part, cfg, said) else model[f"lr.{part}"]
         for part, value in cfg["optimizer"]["lr"].items()
     }
     return {
@@ -102,6 +103,13 @@ def _print_transfer(run: RunDirectory, transfer: Transfer) -> None:
     for name, how in transfer.resized.items():
         table.add_row(name.removesuffix(".weight"), "1", how)
     Console(width=100).print(table)
+
+
+def _is_own_rate(part: str, cfg: dict[str, Any], said: Collection[str]) -> bool:
+    """Whether a learning rate of the optimizer's is one that was given to it, and not the model's."""
+    # optimizer=muon gives none: its rates are the model's. An experiment's file may, which shows where they differ.
+    is_given = f"optimizer.lr.{part}" in said or "optimizer.lr" in said
+    return is_given or cfg["optimizer"]["lr"][part] != cfg["model"]["lr"][part]
 
 
 def _leaves(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
