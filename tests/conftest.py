@@ -153,14 +153,16 @@ def going_on(run: Path | str, *changes: str) -> dict[str, Any]:
 def write_random_run(run: Path, *overrides: str, **changes: Any) -> Path:
     """A run as training leaves it, with random weights that say different things, and end, for different pictures."""
     from efficap.commands.run_dir import write_run
-    from efficap.models.build import build_model, resolve_model
+    from efficap.commands.settings import resolved_settings
+    from efficap.models.build import build_model
     from efficap.models.weights import save_weights
     from efficap.tokenizer import CaptionTokenizer
 
     captions = ["a red picture", "all of it is green", "blue and grey"]
     tokenizer = CaptionTokenizer.learn(captions, vocab_size=300)
-    config = compose("train", *tiny_overrides(run.parent / "colours", run), *overrides)
-    config["model"] = resolve_model(config["model"]) | changes
+    tiny = tiny_overrides(run.parent / "colours", run)
+    config, _, _ = resolved_settings(compose("train", *tiny, *overrides))
+    config["model"] |= changes
     write_run(run, config, tokenizer)
     torch.manual_seed(1)
     captioner = build_model(config["model"], tokenizer.vocab_size)

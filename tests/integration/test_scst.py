@@ -168,6 +168,8 @@ def test_of_two_configurations_each_holds_what_was_said_of_it(start: tuple[Path,
 def test_what_was_said_is_no_setting_of_a_run(start: tuple[Path, Path]) -> None:
     assert "overrides" not in RunDirectory(start[1]).config
     assert "overrides" not in compose("eval", "run=x")
+    words = ["++name=x", "output_dir=x", "hydra.job.chdir=false", "hydra/launcher=basic", "seed=1"]
+    assert compose("train", *words)["overrides"] == ["seed=1"]
 
 
 def test_a_run_goes_on_with_larger_pictures_more_blocks_and_more_words(

@@ -8,14 +8,15 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 
 OVERRIDES = "overrides"  # of a training's configuration that `compose` made: the words that made it
-_NEEDED = ("name", "output_dir")  # in a program they have to be given, whatever is wanted
+# In a program the first two have to be given, whatever is wanted; Hydra's own it keeps apart on a command line, too.
+_NOT_SAID = ("name=", "output_dir=", "hydra.", "hydra/")
 
 
 def with_said(cfg: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
     """A configuration with the overrides that made it, where it is one of a training, which may build on a run."""
     if "resume" not in cfg:
         return cfg
-    return {**cfg, OVERRIDES: [word for word in overrides if word.partition("=")[0] not in _NEEDED]}
+    return {**cfg, OVERRIDES: [word for word in overrides if not word.lstrip("+").startswith(_NOT_SAID)]}
 
 
 def said_settings(cfg: Mapping[str, Any]) -> dict[str, str]:
