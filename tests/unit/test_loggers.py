@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import yaml
 from conftest import compose
+from lightning.pytorch.loggers import WandbLogger
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands.entry import CONF
 from efficap.commands.loggers import build_loggers, finish_wandb
 from efficap.commands.provenance import provenance, without_secrets
+from efficap.errors import InputError
 
 SECRET = "sesame-opens-1234567"
 
@@ -103,6 +105,34 @@ def test_online_without_key_or_network_goes_on_offline_and_says_so(
         run = log_run(tmp_path / "run", "logger.mode=online")
     assert "W&B cannot be used online, going on offline: " in capsys.readouterr().err
     assert run.exit_codes == [0]
+
+
+@pytest.mark.usefixtures("wandb_free")
+@pytest.mark.parametrize("place", ["loggers", "loggers.wandb"])
+def test_lightnings_wandb_logger_needs_none_of_our_settings(tmp_path: Path, place: str) -> None:
+    run = log_run(tmp_path / "run", "logger=csv", f"+logger._target_=lightning.pytorch.{place}.WandbLogger")
+    assert run.history[0]["train/loss"] == 2.5
+
+
+class MyWandbLogger(WandbLogger):
+    """A user's own."""
+
+
+@pytest.mark.usefixtures("wandb_free")
+@pytest.mark.parametrize("chosen", ["wandb", "csv"])
+def test_a_wandb_logger_of_the_users_own_is_the_one_that_is_built(tmp_path: Path, chosen: str) -> None:
+    changes = [f"logger={chosen}", f"++logger._target_={__name__}.MyWandbLogger"]
+    cfg = compose("train", f"output_dir={tmp_path}", "name=job", *changes)
+    _, logger = build_loggers(cfg, tmp_path, None)
+    assert type(logger) is MyWandbLogger
+    finish_wandb(exit_code=0)
+    assert offline_run(tmp_path).exit_codes == [0], "offline where nobody is logged in, as Lightning's"
+
+
+@pytest.mark.usefixtures("wandb_free")
+def test_a_setting_that_wandb_does_not_have_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^logger has settings that .* not take: .*'no_setting'"):
+        log_run(tmp_path / "run", "+logger.no_setting=1")
 
 
 @pytest.mark.usefixtures("wandb_free")

@@ -14,8 +14,8 @@ from typing import Any
 
 import pandas as pd
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from hydra.utils import get_object, instantiate
+from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.provenance import provenance, without_secrets
@@ -45,8 +45,8 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
                 f"logger={cfg['logger']} names no class with logger._target_; logger=csv takes none"
             )
         told = without_secrets({**cfg, "provenance": provenance()})
-        if cfg["logger"]["_target_"].endswith("WandbLogger"):
-            logger = _wandb_logger(cfg["logger"], run_dir)
+        if kind := _wandb_class(cfg["logger"]["_target_"]):
+            logger = _wandb_logger(kind, cfg["logger"], run_dir)
             run = logger.experiment
             if isinstance(getattr(run, "sweep_id", None), str):  # W&B's agent lets nobody change what it set
                 swept = set(run.config.keys())
@@ -60,27 +60,44 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
     return loggers
 
 
-def _wandb_logger(settings: dict[str, Any], run_dir: Path) -> GuestWandbLogger:
-    """W&B's, its run begun: offline where it cannot be had online."""
+def _wandb_class(target: str) -> type[WandbLogger] | None:
+    """The class to build where W&B's logger is named: a guest for Lightning's, or the user's own; None for others."""
+    try:
+        found = get_object(target)
+    except Exception:  # which `instantiate` tells
+        return None
+    if not (isinstance(found, type) and issubclass(found, WandbLogger)):
+        return None
+    return GuestWandbLogger if found is WandbLogger else found
+
+
+def _wandb_logger(kind: type[WandbLogger], settings: dict[str, Any], run_dir: Path) -> WandbLogger:
+    """W&B's, its run begun: offline where it cannot be had online.
+
+    Raises:
+        InputError: a setting that the logger, or W&B, does not have.
+    """
     import wandb
 
     # A line of its own log that a full disk has no room for would be a traceback.
     logging.raiseExceptions = False
     ours = ("_target_", "artifact", "mode")
-    mode = settings["mode"] or os.environ.get("WANDB_MODE")  # as it is now: W&B reads it once in a process
+    mode = settings.get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
     settings = {key: value for key, value in settings.items() if key not in ours} | _wandb_run(run_dir)
-    settings["name"] = without_secrets(settings["name"])
+    settings = {"save_dir": str(run_dir), **settings, "name": without_secrets(settings.get("name"))}
     mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
         if mode == "online":
             _reach(wandb.setup().settings.base_url)
-        logger = GuestWandbLogger(**settings, mode=mode)
+        logger = kind(**settings, mode=mode)
         run = logger.experiment
+    except TypeError as error:
+        raise InputError(f"logger has settings that its class does not take: {error}") from error
     except (OSError, wandb.Error) as error:
         if mode != "online":
             raise
         print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
-        logger = GuestWandbLogger(**settings, mode="offline")
+        logger = kind(**settings, mode="offline")
         run = logger.experiment
     if isinstance(run.id, str):
         kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
