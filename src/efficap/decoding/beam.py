@@ -50,7 +50,7 @@ class Beam(Decoding):
         num_return_sequences: captions of each image, the best first; one that several groups have found comes again
             only after all others.
         num_beam_groups: groups that the beams are shared out to; 1 is plain beam search.
-        diversity_penalty: in nats; with one group it must be 0.
+        diversity_penalty: in nats, at most 100; with one group it must be 0.
     """
 
     method: ClassVar[str] = "beam"
@@ -91,11 +91,18 @@ class Beam(Decoding):
             groups,
             f"must divide decoding.num_beams={n}; use 1 for plain beam search",
         )
+        penalty = self.diversity_penalty
         require(
-            is_number(self.diversity_penalty) and (self.diversity_penalty > 0) == (groups > 1),
+            is_number(penalty) and (penalty > 0) == (groups > 1),
             "diversity_penalty",
-            self.diversity_penalty,
+            penalty,
             "must be above 0 with decoding.num_beam_groups above 1, and 0 with one group",
+        )
+        require(
+            penalty <= 100,
+            "diversity_penalty",
+            penalty,
+            "must be at most 100 nats; no group then takes what an earlier one took",
         )
 
     def _search(

@@ -120,10 +120,10 @@ class Decoding(ABC):
 
         penalty = self.repetition_penalty
         require(
-            is_number(penalty) and penalty > 0,
+            is_number(penalty) and 0.01 <= penalty <= 100,
             "repetition_penalty",
             penalty,
-            "must be above 0; 1 changes nothing",
+            "must be a number from 0.01 to 100; 1 changes nothing",
         )
         size = self.no_repeat_ngram_size
         require(
