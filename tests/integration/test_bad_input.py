@@ -307,6 +307,19 @@ def test_help_has_a_commands_own_settings_with_their_comments_and_its_own_choice
     assert not list(tmp_path.iterdir()), "help leaves nothing behind"
 
 
+@pytest.mark.parametrize("asked", [["--help"], ["--cfg", "job"]], ids=" ".join)
+def test_a_reader_who_has_seen_enough_is_told_nothing(asked: list[str], tmp_path: Path) -> None:
+    """As of `eval.py --help | head -3`."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        command = [sys.executable, str(ROOT / "eval.py"), "run=x", *asked]
+        result = subprocess.run(command, cwd=tmp_path, stdout=writer, stderr=subprocess.PIPE, timeout=120)
+    finally:
+        os.close(writer)
+    assert (result.returncode, result.stderr) == (1, b"")
+
+
 def test_help_lists_the_options_of_a_folder_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "decoding").mkdir()
     (tmp_path / "decoding" / "mine.yaml").write_text("method: greedy\n")

@@ -88,6 +88,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
             raise
         elif isinstance(error, _MISTAKES):
             _tell(_one_line(error, config_name))
+        elif isinstance(error, BrokenPipeError):  # as of --help | head, whose reader has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         elif isinstance(error, OSError):  # Hydra could not make the run's folder
             print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
         else:  # a number of 5,000 digits
