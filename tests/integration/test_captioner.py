@@ -11,9 +11,11 @@ from typing import Any
 import hydra
 import pytest
 import torch
+import yaml
 from conftest import compose, write_colour_table, write_random_run
 from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file
 from torchvision.transforms.v2.functional import pil_to_tensor
 from transformers import AutoTokenizer
 
@@ -155,6 +157,65 @@ def test_what_was_published_says_the_same_and_no_path_of_the_machine(
     assert (
         tokenizer("a red picture").input_ids == captioner.tokenizer.encode(["a red picture"], 12)[0][0][1:-1]
     )
+
+
+def test_weights_that_were_rounded_for_the_device_are_published_as_the_run_has_them(
+    run: Path, tmp_path: Path
+) -> None:
+    rounded = Captioner.from_pretrained(run, accelerator="cpu", precision="bfloat16")
+    rounded.save_pretrained(tmp_path)
+    own, theirs = load_file(run / "model.safetensors"), load_file(tmp_path / "model.safetensors")
+    assert {name: weight.dtype for name, weight in theirs.items()} == {
+        name: weight.dtype for name, weight in own.items()
+    }
+    assert all(torch.equal(theirs[name], weight) for name, weight in own.items())
+
+
+def test_a_run_is_not_published_onto_itself(run: Path, captioner: Captioner) -> None:
+    before = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=rf"^{run} is the run itself, .*; save to another folder$"):
+        captioner.save_pretrained(run)
+    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == before
+
+
+PLACES = {
+    "a table for each split": (
+        {
+            "_target_": "efficap.data.csv.CSVDataModule",
+            "table": {"train": "/a/train.csv", "test": "/a/test.csv"},
+        },
+        r"data\.table is not known here; add \+data\.table=PATH",
+    ),
+    "several folders of shards": (
+        {
+            "_target_": "efficap.data.webdataset.WebDatasetDataModule",
+            "shards": ["/a/one", "/a/two"],
+            "val_shards": ["/a/val"],
+        },
+        r"data\.shards is not known here; add \+data\.shards=PATH",
+    ),
+    "a mixture": (
+        {
+            "_target_": "efficap.data.mix.MixedDataModule",
+            "sources": {"mine": {"_target_": "efficap.data.csv.CSVDataModule", "table": "/a/b.csv"}},
+        },
+        r"data\.sources\.mine\.table is not known here; add \+data\.sources\.mine\.table=PATH",
+    ),
+}
+
+
+@pytest.mark.parametrize("places", PLACES)
+def test_of_a_published_captioner_the_places_of_its_data_have_to_be_named(
+    places: str, tmp_path: Path
+) -> None:
+    data, told = PLACES[places]
+    run = write_random_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "data": data}))
+    Captioner.from_pretrained(run).save_pretrained(tmp_path / "published")
+    assert Captioner.from_pretrained(tmp_path / "published").caption([]) == []
+    with pytest.raises(InputError, match=told):
+        evaluate(compose("eval", f"run={tmp_path / 'published'}", "split=test", "metrics=[]"))
 
 
 def test_the_card_shows_how_to_use_it_its_scores_and_its_pictures(

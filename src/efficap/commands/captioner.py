@@ -26,7 +26,7 @@ from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
-from efficap.models.weights import WEIGHTS_FILE, save_weights
+from efficap.models.weights import WEIGHTS_FILE, read_weights, save_weights
 from efficap.training.writer import CaptionWriter, WrittenCaption
 
 _PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", "eval/*/scores.json", "eval/*/sheet.png"]
@@ -46,7 +46,7 @@ class Captioner(
 
     ``save_pretrained(directory)`` and ``push_to_hub(name)`` write what `from_pretrained`, ``eval.py run=`` and
     ``caption.py run=`` read: weights (safetensors), configuration, tokenizer, scores, and a model card. No path of the
-    machine that it was trained on is among it.
+    machine that it was trained on is among it. Weights that were rounded to bfloat16 are written as the run has them.
 
     Args:
         run: the run directory, or the download of a published one.
@@ -223,9 +223,15 @@ class Captioner(
                 "packed=True is for captions alone; publish the captioner that is made without it"
             )
         config = {key: value for key, value in _without_paths(self.run.config).items() if value is not None}
+        if save_directory.resolve() == self.run.path and config != self.run.config:
+            raise InputError(
+                f"{save_directory} is the run itself, which needs what its {CONFIG_FILE} has; save to another folder"
+            )
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
-        save_weights(self.model.state_dict(), save_directory)
+        is_rounded = next(self.model.parameters()).dtype != torch.float32
+        weights = read_weights(self.run.path / WEIGHTS_FILE) if is_rounded else self.model.state_dict()
+        save_weights(weights, save_directory)
         self.tokenizer.save(save_directory / TOKENIZER_DIR)
         for file in (*self.run.path.glob("eval/*/scores.json"), *self.run.path.glob("eval/*/sheet.png")):
             copy = save_directory / file.relative_to(self.run.path)
@@ -263,12 +269,19 @@ def _outside_of_hydra() -> Iterator[None]:
 
 
 def _without_paths(value: Any) -> Any:
-    """The settings without those that say where something lay on the machine of the training."""
+    """The settings without those that say where something lay on the machine of the training.
+
+    Each becomes None, whether it was one path or several, in a list or by split.
+    """
+    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if below and all(map(_is_absolute, below)):
+        return None
     if isinstance(value, dict):
-        return {key: _without_paths(below) for key, below in value.items()}
-    if isinstance(value, list):
-        return [_without_paths(below) for below in value]
-    is_path = isinstance(value, str) and (
+        return {key: _without_paths(setting) for key, setting in value.items()}
+    return [_without_paths(setting) for setting in value] if isinstance(value, list) else value
+
+
+def _is_absolute(value: Any) -> bool:
+    return isinstance(value, str) and (
         PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
     )
-    return None if is_path else value

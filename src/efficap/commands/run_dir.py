@@ -138,7 +138,7 @@ class RunDirectory:
         except TypeError as error:
             raise InputError(f"{self.path / CONFIG_FILE}: data does not fit its module: {error}") from error
 
-    def _built(self, settings: dict[str, Any], changes: dict[str, Any]) -> CaptionData:
+    def _built(self, settings: dict[str, Any], changes: dict[str, Any], where: str = "data") -> CaptionData:
         """The module that `settings` name, and in a mixture those of its sources first."""
         settings = dict(settings)
         target = settings.pop("_target_", None)
@@ -148,16 +148,19 @@ class RunDirectory:
             module = DATA_MODULES[target]
         else:
             raise InputError(
-                f"{self.path / CONFIG_FILE}: data._target_={target} is none of {', '.join(DATA_MODULES)}; "
-                "a run's own code is not imported; +data._target_=… on the command line is"
+                f"{self.path / CONFIG_FILE}: {where}._target_={target} is none of {', '.join(DATA_MODULES)}; "
+                f"a run's own code is not imported; +{where}._target_=… on the command line is"
             )
         for key in _PLACES:
             if key in settings and settings[key] is None:
-                raise InputError(f"data.{key} is not known here; add +data.{key}=PATH")
+                raise InputError(f"{where}.{key} is not known here; add +{where}.{key}=PATH")
         if module is MixedDataModule:
             below = changes.get("sources", {})
             sources = settings.get("sources", {}).items()
-            settings["sources"] = {name: self._built(source, below.get(name, {})) for name, source in sources}
+            settings["sources"] = {
+                name: self._built(source, below.get(name, {}), f"{where}.sources.{name}")
+                for name, source in sources
+            }
         return module(**settings)
 
 

@@ -190,7 +190,7 @@ DATA: Form = {
     "feature_cache": optional(FLAG),
     "feature_cache_dir": optional(or_null(PATH)),
     "seed": optional(whole(0)),
-    "table": optional(or_null(either(PATH, mapping_of(or_null(PATH), "splits to files")))),
+    "table": optional(or_null(either(PATH, mapping_of(PATH, "splits to files")))),
     "image_dir": optional(or_null(PATH)),
     "allow_absolute": optional(FLAG),
     "image_column": optional(TEXT),
