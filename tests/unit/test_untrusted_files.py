@@ -109,7 +109,7 @@ def run_with(folder: Path, **changes: Any) -> RunDirectory:
 def test_a_mixtures_source_imports_nothing(tmp_path: Path) -> None:
     source = {"_target_": "pathlib.Path.touch", "self": str(tmp_path / "ran")}
     data = {"_target_": "efficap.data.mix.MixedDataModule", "sources": {"one": source}}
-    with pytest.raises(InputError, match=r"data._target_=pathlib.Path.touch is none of efficap"):
+    with pytest.raises(InputError, match=r"data.sources.one._target_=pathlib.Path.touch is none of efficap"):
         run_with(tmp_path, data=data).data({})
     assert not (tmp_path / "ran").exists()
 
