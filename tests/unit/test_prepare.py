@@ -15,7 +15,7 @@ import pytest
 from faulty_server import Server, full_disk, serving, zipped
 
 from efficap.data.formats import read_rows
-from efficap.data.prepare import shards
+from efficap.data.prepare import conceptual, shards
 from efficap.data.prepare.__main__ import main
 from efficap.data.prepare.coco import REMOTES as COCO
 from efficap.data.prepare.coco import prepare_coco
@@ -284,7 +284,7 @@ def test_cc12m_holds_out_its_last_rows(server: Server, img2dataset: Path, tmp_pa
     assert pd.read_parquet(folder / "train.parquet")["caption"].tolist() == [f'say "{n}' for n in range(38)]
     assert pd.read_parquet(folder / "val.parquet")["url"].tolist() == ["http://x/38.jpg", "http://x/39.jpg"]
     with pytest.raises(
-        InputError, match=r"was prepared with .*\"limit\": 40.* asked for now; name another folder"
+        InputError, match=r"holds shards of .*\"limit\": 40.* asked for now; name another folder"
     ):
         prepare_conceptual(folder, "cc12m", img2dataset=img2dataset, limit=50, remotes=remotes)
 
@@ -303,6 +303,29 @@ def test_shards_that_img2dataset_left_out_are_told_and_made_by_the_next_call(
     assert main(["cc3m", *arguments, "--image-size", "400"]) == 1, "other settings"
     assert main(["cc3m", *arguments]) == 0
     assert len(calls(folder)) == 3, "val once, train twice"
+
+
+def test_settings_can_be_mended_until_there_is_a_shard(
+    img2dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tsv, folder = tmp_path / "list.tsv", tmp_path / "cc"
+    tsv.write_text(lines(0, 1))
+    with pytest.raises(InputError, match="at least 2 are needed"):
+        prepare_conceptual(folder, "cc12m", tsv=tsv, img2dataset=img2dataset)
+    tsv.write_text(lines(0, 60))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(conceptual, "download_shards", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            prepare_conceptual(folder, "cc12m", tsv=tsv, img2dataset=img2dataset)
+    assert len(pd.read_parquet(folder / "train.parquet")) == 57
+    prepare_conceptual(folder, "cc12m", tsv=tsv, img2dataset=img2dataset, limit=40)
+    assert len(pd.read_parquet(folder / "train.parquet")) == 38, "not the list of the call that was stopped"
+    with pytest.raises(InputError, match=r"holds shards of .*\"limit\": 40.* asked for now; name another"):
+        prepare_conceptual(folder, "cc12m", tsv=tsv, img2dataset=img2dataset)
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_space_for_train_is_told_from_val(

@@ -9,7 +9,13 @@ from itertools import islice
 from pathlib import Path
 
 from efficap.data.prepare.download import Remote, check_space, fetch
-from efficap.data.prepare.shards import download_shards, find_img2dataset, print_yield, shard_pattern
+from efficap.data.prepare.shards import (
+    complete_shards,
+    download_shards,
+    find_img2dataset,
+    print_yield,
+    shard_pattern,
+)
 from efficap.data.prepare.transfer import DownloadError
 from efficap.errors import InputError
 
@@ -46,6 +52,7 @@ PAGES = {
     "cc12m": "https://github.com/google-research-datasets/conceptual-12m",
 }
 
+PARTS = ("train", "val")
 VAL_ROWS = 10_000  # held out of a list without a validation part; a twentieth of a shorter list
 _BATCH = 100_000  # rows written at a time
 
@@ -79,8 +86,7 @@ def prepare_conceptual(
         limit: rows of the list to take; None: all. Validation is then at most a twentieth of it.
 
     Raises:
-        InputError: no img2dataset, no list, not enough space, other settings than those of an earlier run, or shards
-            left incomplete.
+        InputError: no img2dataset, no list, not enough space, shards of other settings, or shards left incomplete.
     """
     for setting, value in (("image-size", image_size), ("processes", processes), ("threads", threads)):
         if value < 1:
@@ -90,7 +96,7 @@ def prepare_conceptual(
     program = find_img2dataset(img2dataset)
     lists = _lists(folder, name, tsv, val_tsv, remotes[name])
     record = {"lists": {part: file.stat().st_size for part, file in lists.items()}}
-    _check_record(folder, record | {"limit": limit, "image_size": image_size})
+    _keep_record(folder, record | {"limit": limit, "image_size": image_size})
     rows = _write_lists(folder, lists, limit)
     for part in (
         "val",
@@ -121,19 +127,31 @@ def _lists(
     return given | dict(zip(published, files, strict=True))
 
 
-def _check_record(folder: Path, record: Mapping[str, object]) -> None:
-    """Shards of an earlier run are kept, so it must have been made with the same settings."""
+def _keep_record(folder: Path, record: Mapping[str, object]) -> None:
+    """Write down the settings, for complete shards are kept by later calls; before there is one, they can change.
+
+    Raises:
+        InputError: the folder holds shards of other settings.
+    """
     file = folder / "prepared.json"  # not beside the shards, where img2dataset takes any JSON for its own
-    if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
-        if found != record:
-            raise InputError(
-                f"{folder} was prepared with {json.dumps(found)}, and {json.dumps(record)} is asked for now; "
-                "name another folder with --dir, or delete this one"
-            )
+    found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+    if found == record:
         return
+    if found is not None and any(complete_shards(folder / part) for part in PARTS):
+        raise InputError(
+            f"{folder} holds shards of {json.dumps(found)}, and {json.dumps(record)} is asked for now; "
+            "name another folder with --dir, or delete this one"
+        )
+    for list_file in _list_files(folder).values():  # first: they may be of the other settings
+        list_file.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    partial = file.with_name(f"{file.name}.part")
+    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
+    os.replace(partial, file)
+
+
+def _list_files(folder: Path) -> dict[str, Path]:
+    return {part: folder / f"{part}.parquet" for part in PARTS}
 
 
 def _write_lists(folder: Path, lists: Mapping[str, Path], limit: int | None) -> dict[str, int]:
@@ -144,7 +162,7 @@ def _write_lists(folder: Path, lists: Mapping[str, Path], limit: int | None) -> 
     """
     from pyarrow import parquet
 
-    files = {part: folder / f"{part}.parquet" for part in ("train", "val")}
+    files = _list_files(folder)
     if not all(file.is_file() for file in files.values()):
         total = sum(1 for _ in islice(_pairs(lists["train"]), limit))
         val = min(VAL_ROWS, total // 20 or 1)

@@ -136,8 +136,13 @@ def print_yield(part: str, folder: Path) -> None:
     print(f"{part}: {pictures:,} of {rows:,} pictures ({pictures / rows:.1%}) in {shards}", *named, sep="\n")
 
 
+def complete_shards(folder: Path) -> list[Path]:
+    """The tars that are whole, sorted."""
+    return [_shard(report) for report in _reports(folder)]
+
+
 def shard_pattern(folder: Path) -> str:
     """All complete shards of a folder in one expression: ``DIR/{00000..00331}.tar``."""
-    names = [_shard(report).stem for report in _reports(folder)]
+    names = [tar.stem for tar in complete_shards(folder)]
     span = names[0] if len(names) == 1 else f"{{{names[0]}..{names[-1]}}}"
     return f"{folder}/{span}.tar"
