@@ -217,6 +217,20 @@ def test_a_short_side_makes_larger_pictures_smaller_and_copies_the_others(tmp_pa
             assert image.getexif().get(0x0112, 1) == 1, "upright"
 
 
+def test_a_picture_too_long_for_a_jpeg_is_left_out_and_the_others_are_written(tmp_path: Path) -> None:
+    files = {
+        "long.png": encoded(Image.new("1", (70_000, 60)), "PNG"),
+        "row.png": encoded(Image.new("1", (4000, 1)), "PNG"),
+        "row.ppm": encoded(Image.new("1", (4000, 1)), "PPM"),
+        "large.png": encoded(Image.fromarray(scenery(300, 200)), "PNG"),
+    }
+    table = pictures(tmp_path / "images", files)
+    outcome = write_shards(table, tmp_path / "out", ShardSettings(9, 58, MAX_PIXELS), 1)
+    assert outcome == {"success": 3, "too narrow": 1}
+    reader = indexed(tmp_path / "out" / "00000.tar")
+    assert [reader.image_id(n) for n in range(len(reader))] == ["row.png", "row.ppm", "large.png"]
+
+
 def test_files_are_copied_whatever_they_are_called(tmp_path: Path) -> None:
     small = Image.fromarray(scenery(64, 48))
     kinds = {"PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif", "JPEG": "jpg"}

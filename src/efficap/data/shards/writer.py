@@ -24,6 +24,7 @@ from efficap.errors import InputError
 
 RECORD = "shards.json"
 JPEG_QUALITY = 92
+_LONGEST = 65_500  # pixels of a side that libjpeg writes
 SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp", "GIF": "gif", "BMP": "bmp", "TIFF": "tif"}
 
 
@@ -205,7 +206,11 @@ def _write_shard(job: ShardJob) -> dict[str, int]:
 
 
 def _encoded(file: Path, settings: ShardSettings) -> tuple[bytes, str, tuple[int, int]]:
-    """The bytes of a picture, the suffix that fits them, and its width and height as shown."""
+    """The bytes of a picture, the suffix that fits them, and its width and height as shown.
+
+    Raises:
+        PictureError: it cannot be read, or is so narrow that no JPEG can hold it with its short side.
+    """
     picture = Picture(file, settings.max_pixels)
     short, side = min(picture.width, picture.height), settings.short_side
     if side is None or (short <= side and picture.format in SUFFIXES):
@@ -215,6 +220,8 @@ def _encoded(file: Path, settings: ShardSettings) -> tuple[bytes, str, tuple[int
     image = Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
     scale = min(1.0, side / short)
     size = max(1, round(picture.width * scale)), max(1, round(picture.height * scale))
+    if max(size) > _LONGEST:
+        raise PictureError("too narrow", f"{size[0]} x {size[1]} pixels; a JPEG's sides end at {_LONGEST:,}")
     data = io.BytesIO()
     image.resize(size, Image.Resampling.LANCZOS).save(data, "JPEG", quality=JPEG_QUALITY)
     return data.getvalue(), "jpg", size
