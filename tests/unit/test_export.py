@@ -136,3 +136,14 @@ def test_bad_input_ends_with_one_line(
     assert error.startswith(message)
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_directory_that_holds_something_is_not_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "mine.txt").touch()
+    files = [f"--{name}={tmp_path}/{name}" for name in ("encoder", "decoder", "config")]
+    assert main(["import-original", *files, f"--out={tmp_path}"]) == 1
+    assert "exists and is no empty directory; name a new or an empty one\n" in capsys.readouterr().err
+    assert main(["import-original", *files, f"--out={tmp_path}/new"]) == 1
+    assert "empty directory" not in capsys.readouterr().err

@@ -48,7 +48,7 @@ def export(run: str, out: Path, *, format: str, int8: bool = False, images: str 
         for package in ("onnx", "onnxscript", "onnxruntime"):
             require_package(package)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out={out} exists; name a directory that does not")
+        raise InputError(f"--out={out} exists and is no empty directory; name a new or an empty one")
     pictures = check_pictures(source, images)
     tokenizer = source.tokenizer()
     captioner = source.captioner(tokenizer, torch.device("cpu"))

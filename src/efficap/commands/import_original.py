@@ -48,7 +48,7 @@ def import_original(
         InputError: a file is missing or is something else; the message says which.
     """
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise InputError(f"--out={out} exists; name a directory that does not")
+        raise InputError(f"--out={out} exists and is no empty directory; name a new or an empty one")
     settings = _settings(config)
     words = CaptionTokenizer.pretrained(tokenizer)
     n_vocab = settings["hparams"]["n_vocab"]

@@ -50,9 +50,7 @@ def _add_export(commands: Any) -> None:
         help="onnx: the whole captioner, in a directory that caption.py and eval.py take as a run; transformers: the "
         "decoder as a GPT2LMHeadModel",
     )
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist"
-    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or an empty directory")
     parser.add_argument(
         "--int8",
         action="store_true",
@@ -94,9 +92,7 @@ def _add_import_original(commands: Any) -> None:
         action="store_true",
         help="without the empty place before the first token, which the decoder was trained with",
     )
-    parser.add_argument(
-        "--out", required=True, type=Path, metavar="DIR", help="a directory that does not exist"
-    )
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or an empty directory")
     parser.set_defaults(function=_import_original)
 
 
