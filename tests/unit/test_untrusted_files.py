@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import compose, tiny_model, tiny_overrides
+from conftest import compose, going_on, tiny_model, tiny_overrides
 from lightning.pytorch.callbacks import ModelCheckpoint
 from PIL import Image
 
@@ -187,7 +187,7 @@ def test_the_settings_that_every_run_has_may_be_gone_on_with(tmp_path: Path) -> 
     config = compose("train", *overrides)
     config["model"] = tiny_model()
     run = run_with(tmp_path, **{**config, "name": "mine"})
-    settings = with_settings_of(run, {**config, "resume": str(tmp_path)})
+    settings = with_settings_of(run, going_on(tmp_path))
     assert settings["callbacks"] == config["callbacks"]
     assert settings["logger"] == {**config["logger"], "save_dir": str(tmp_path)}, "wherever it was trained"
 
