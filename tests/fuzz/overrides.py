@@ -50,6 +50,7 @@ _NOT_CHANGED = (
     "hydra",
     "ensemble_dir",
     "out",
+    "overrides",
     "data.num_workers",
     "num_workers",
 )
