@@ -67,6 +67,13 @@ def test_gradients_with_padding_as_tensorflow_has_it_likewise(kernel_size: int, 
     assert_gradients_agree(exact, x, torch.randn_like(exact(x), memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize("kernel_size", [5, 7])
+def test_gradients_of_a_kernel_that_is_larger_than_its_picture_likewise(kernel_size: int) -> None:
+    exact = nn.Conv2d(8, 8, kernel_size, padding=kernel_size // 2, groups=8, bias=False)
+    x = torch.randn(4, 8, 3, 4)
+    assert_gradients_agree(exact, x, torch.randn_like(x, memory_format=torch.channels_last))
+
+
 def test_a_gradient_in_another_layout_gives_the_same() -> None:
     exact = nn.Conv2d(8, 8, 5, padding=2, groups=8, bias=False)
     gradient = torch.randn(4, 8, 6, 6)  # as what torch makes of a mean over positions

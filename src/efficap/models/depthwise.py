@@ -2,7 +2,7 @@
 
 oneDNN's gradient of the weight is fast for kernels of 3 x 3 that are not dilated, in bfloat16 that of the input where
 it can be had by a convolution forward; others were seen to take up to 100 times as long (docs/benchmarks.md). So
-larger kernels are taken apart into such, and what is left is computed in float32.
+larger kernels are taken apart into such where that was seen to gain, and what is left is computed in float32.
 
 B images, C channels, H x W pixels before and h x w after, kernels of k x k.
 """
@@ -57,8 +57,15 @@ class DepthwiseConv2d(nn.Conv2d):
             return None
         if torch.is_autocast_enabled("cpu"):
             return torch.bfloat16 if torch.get_autocast_dtype("cpu") == torch.bfloat16 else None
-        is_slow = max(self.kernel_size) > 3 or max(self.dilation) > 1
-        return torch.float32 if is_slow and x.dtype == torch.float32 else None
+        return torch.float32 if x.dtype == torch.float32 and self._is_slow_in_float32(x) else None
+
+    def _is_slow_in_float32(self, x: Tensor) -> bool:
+        if max(self.dilation) > 1:
+            return True
+        if torch.backends.cpu.get_cpu_capability() == "AVX512":
+            return max(self.kernel_size) > 3
+        # By AVX2 large kernels are slow on pictures smaller than they alone.
+        return max(self.kernel_size) > max(3, *x.shape[2:])
 
 
 def use_fast_gradients(backbone: nn.Module) -> None:
