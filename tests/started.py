@@ -6,15 +6,19 @@ They are forked, by the standard library's fork server, from a process that has 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import multiprocessing
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
 import traceback
+from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 _COMMANDS = [f"efficap.commands.{name}" for name in ("train", "evaluate", "caption")]
@@ -23,31 +27,39 @@ _server.set_forkserver_preload(_COMMANDS)
 
 
 class Started:
-    """``python SCRIPT SETTINGS``, in the project's folder and with one thread; what it prints is not kept.
+    """``python SCRIPT SETTINGS``, with one thread.
 
     Args:
-        script: ``train.py``, ``eval.py`` or ``caption.py``.
+        script: ``train.py``, ``eval.py`` or ``caption.py``, or the path of another.
         settings: of the command line.
+        cwd: where it is called; the project's folder.
         environment: what is changed of this process's; None takes a variable away.
     """
 
-    def __init__(self, script: str, *settings: str, **environment: str | None) -> None:
-        with tempfile.NamedTemporaryFile(prefix="efficap-stderr-", delete=False) as file:
-            self._errors = Path(file.name)
-        atexit.register(self._errors.unlink)
+    def __init__(self, script: str, *settings: str, cwd: Path = ROOT, **environment: str | None) -> None:
+        said = Path(tempfile.mkdtemp(prefix="efficap-started-"))
+        atexit.register(shutil.rmtree, said)
+        self._streams = said / "stdout", said / "stderr"
+        for stream in self._streams:
+            stream.touch()
         own = {name: value for name, value in os.environ.items() if name not in environment}
         own |= {name: value for name, value in environment.items() if value is not None}
         self._process: ForkServerProcess = _server.Process(
-            target=_run, args=(script, settings, own, self._errors)
+            target=_run, args=(str(ROOT / script), settings, cwd, own, self._streams)
         )
         self._process.start()
         assert self._process.pid is not None
         self.pid = self._process.pid
 
     @property
+    def printed(self) -> str:
+        """What it has said on stdout so far."""
+        return self._streams[0].read_text(errors="replace")
+
+    @property
     def errors(self) -> str:
         """What it has said on stderr so far."""
-        return self._errors.read_text(errors="replace")
+        return self._streams[1].read_text(errors="replace")
 
     def is_alive(self) -> bool:
         return self._process.is_alive()
@@ -75,15 +87,54 @@ class Started:
         return status
 
 
-def _run(script: str, settings: tuple[str, ...], environment: dict[str, str], errors: Path) -> None:
+@contextlib.contextmanager
+def started_together(count: int, script: str, *settings: str, **options: Any) -> Iterator[list[Started]]:
+    """Processes that are told what torchrun tells those that it starts; they meet at a store of this process.
+
+    Nobody ends the others where one is gone, as torchrun does: they are killed as the block ends.
+
+    Args:
+        count: how many.
+        script, settings, options: of each `Started`.
+    """
+    from torch.distributed import TCPStore
+
+    store = TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    told = {
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_RUN_ID": "tests",
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    ranks = [
+        Started(script, *settings, RANK=str(rank), LOCAL_RANK=str(rank), **told, **options)
+        for rank in range(count)
+    ]
+    try:
+        yield ranks
+    finally:
+        for rank in ranks:
+            rank.send(signal.SIGKILL)
+
+
+def _run(
+    script: str,
+    settings: tuple[str, ...],
+    cwd: Path,
+    environment: dict[str, str],
+    streams: tuple[Path, Path],
+) -> None:
     import torch
 
-    for stream, file in ((1, Path(os.devnull)), (2, errors)):
+    for stream, file in enumerate(streams, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
     os.environ.clear()
     os.environ.update(environment)
-    os.chdir(ROOT)
-    sys.path.insert(0, str(ROOT))
+    os.chdir(cwd)
+    sys.path.insert(0, str(Path(script).parent))
     sys.argv = [script, *settings]
     multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # the usual one again
     torch.set_num_threads(1)  # OMP_NUM_THREADS is read as torch is imported

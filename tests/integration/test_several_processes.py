@@ -1,4 +1,8 @@
-"""Two processes, started by torchrun and joined by gloo, train and evaluate as one does; none is left behind."""
+"""Two processes, joined by gloo, train and evaluate as one does; none is left behind.
+
+Torchrun starts them where it has a part in what is shown; elsewhere they are forked, with what it would tell them, as
+each process that it starts takes Python more time to import torch than to train.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +24,7 @@ import pandas as pd
 import pytest
 from conftest import compose, going_on, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
+from started import started_together
 from test_resume import assert_equal_runs, die_at, terminate
 
 from efficap.commands.evaluate import evaluate
@@ -73,14 +80,33 @@ def alone(folder: Path) -> Path:
     return train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
 
 
-def torchrun(
-    script: Path, *overrides: str, cwd: Path, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
-            *(str(script), *overrides),
-        ],
+@dataclass(frozen=True)
+class Ended:
+    """What became of the processes.
+
+    Attributes:
+        statuses: of each process, or torchrun's alone.
+        printed, errors: what all said on stdout and stderr.
+    """
+
+    statuses: list[int]
+    printed: str
+    errors: str
+
+
+def together(script: Path, *overrides: str, cwd: Path, **environment: str) -> Ended:
+    """Two processes of a script, to the end of both."""
+    with started_together(2, str(script), *overrides, cwd=cwd, **environment) as ranks:
+        statuses = [rank.wait(300) for rank in ranks]
+    printed, errors = ("".join(getattr(rank, name) for rank in ranks) for name in ("printed", "errors"))
+    return Ended(statuses, printed, errors)
+
+
+def torchrun(script: Path, *overrides: str, cwd: Path, **environment: str) -> Ended:
+    """The same by torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*launcher, str(script), *overrides],
         cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
@@ -88,16 +114,22 @@ def torchrun(
         timeout=300,
         check=False,
     )
+    return Ended([done.returncode], done.stdout, done.stderr)
 
 
 def two_train(
-    folder: Path, run: Path, *overrides: str, strategy: str = "ddp", **environment: str
-) -> subprocess.CompletedProcess[str]:
+    folder: Path,
+    run: Path,
+    *overrides: str,
+    by: Callable[..., Ended] = together,
+    strategy: str = "ddp",
+    **environment: str,
+) -> Ended:
     run.parent.mkdir(exist_ok=True)
     (run.parent / "noted.py").write_text(NOTED)
     arguments = [argument for argument in tiny_overrides(folder, run) if argument != "trainer=cpu"]
     both = [f"trainer={strategy}", "trainer.accelerator=cpu", f"data.batch_size={TOGETHER // 2}"]
-    return torchrun(
+    return by(
         *(run.parent / "noted.py", *arguments, *both, *ALIKE, *overrides),
         cwd=run.parent,
         SEEN=str(run.parent),
@@ -132,14 +164,14 @@ def assert_like(run: Path, expected: Path) -> None:
         assert metrics[key] == wanted_metrics[key], key
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+@pytest.mark.parametrize(("strategy", "by"), [("ddp", torchrun), ("fsdp", together)])
 def test_two_processes_train_as_one_with_the_same_pictures_a_step(
-    folder: Path, alone: Path, tmp_path: Path, strategy: str
+    folder: Path, alone: Path, tmp_path: Path, strategy: str, by: Callable[..., Ended]
 ) -> None:
-    done = two_train(folder, tmp_path / "two" / "run", strategy=strategy)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = two_train(folder, tmp_path / "two" / "run", by=by, strategy=strategy)
+    assert set(done.statuses) == {0}, done.errors[-3000:]
     assert_like(tmp_path / "two" / "run", alone)
-    assert done.stdout.count("run directory: ") == 1, "the first alone prints"
+    assert done.printed.count("run directory: ") == 1, "the first alone prints"
     assert {path.name for path in (tmp_path / "two").iterdir()} == {
         "run",
         "noted.py",
@@ -158,9 +190,8 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(
 ) -> None:
     run = tmp_path / "two" / "run"
     stopped = two_train(folder, run, strategy=strategy, SIGNAL=f"{int(signal.SIGTERM)} 1 7")
-    assert stopped.returncode != 0
-    assert stopped.stderr.count(f"stopped by SIGTERM; python train.py resume={run} goes on") == 1
-    assert re.search(r"exitcode *: 143", stopped.stderr), "torchrun tells what became of its processes"
+    assert stopped.statuses == [143, 143]
+    assert stopped.errors.count(f"stopped by SIGTERM; python train.py resume={run} goes on") == 1
     first, second = (seen(tmp_path / "two", rank) for rank in range(2))
     assert [step[0] for step in first] == [step[0] for step in second] == [str(n) for n in range(8)]
     train(going_on(run, "trainer.strategy=null"))
@@ -176,7 +207,7 @@ def test_what_one_began_two_go_on_with(
         with pytest.raises(SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
     (tmp_path / "one" / "noted.py").write_text(NOTED)
-    done = torchrun(
+    done = together(
         *(
             tmp_path / "one" / "noted.py",
             f"resume={run}",
@@ -185,7 +216,7 @@ def test_what_one_began_two_go_on_with(
         cwd=tmp_path / "one",
         SEEN=str(tmp_path / "one"),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.statuses == [0, 0], done.errors[-3000:]
     assert_like(run, alone)
     steps = [seen(tmp_path / "one", rank) for rank in range(2)]
     assert [step[0] for step in steps[0]] == [str(n) for n in range(8, 21)]
@@ -196,11 +227,11 @@ def test_what_one_began_two_go_on_with(
 
 def test_one_that_is_killed_ends_the_other_and_is_named(folder: Path, tmp_path: Path) -> None:
     run = tmp_path / "two" / "run"
-    done = two_train(folder, run, SIGNAL=f"{int(signal.SIGKILL)} 1 3")
+    done = two_train(folder, run, by=torchrun, SIGNAL=f"{int(signal.SIGKILL)} 1 3")
     assert time.time() - (tmp_path / "two" / "1.txt").stat().st_mtime < 60, "since its last step"
-    assert done.returncode != 0
-    assert re.search(r"rank *: 1 .*\n *exitcode *: -9", done.stderr), done.stderr[-3000:]
-    own, _, of_torchrun = done.stderr.partition("torch/distributed/run.py")
+    assert done.statuses != [0]
+    assert re.search(r"rank *: 1 .*\n *exitcode *: -9", done.errors), done.errors[-3000:]
+    own, _, of_torchrun = done.errors.partition("torch/distributed/run.py")
     assert of_torchrun
     assert "efficap" not in own, "no traceback of what is left"
     assert (run / "checkpoints" / LAST).is_file()
@@ -208,9 +239,9 @@ def test_one_that_is_killed_ends_the_other_and_is_named(folder: Path, tmp_path: 
 
 def test_a_mistake_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> None:
     done = two_train(folder, tmp_path / "two" / "run", "data.val_split=nowhere")
-    assert done.returncode != 0
-    assert done.stderr.count("has no picture in that split") == 1
-    assert "efficap/commands" not in done.stderr, "and without a traceback"
+    assert done.statuses == [1, 1]
+    assert done.errors.count("has no picture in that split") == 1
+    assert "efficap/commands" not in done.errors, "and without a traceback"
 
 
 def test_two_leave_a_run_alone_that_another_process_trains_in(
@@ -222,18 +253,18 @@ def test_two_leave_a_run_alone_that_another_process_trains_in(
         with pytest.raises(SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
     with begun(run):
-        done = torchrun(ROOT / "train.py", f"resume={run}", "trainer.strategy=ddp", cwd=tmp_path)
-    assert done.returncode != 0
-    assert done.stderr.count("another process trains in it") == 1, done.stderr[-3000:]
-    assert "efficap/commands" not in done.stderr, "and without a traceback"
+        done = together(ROOT / "train.py", f"resume={run}", "trainer.strategy=ddp", cwd=tmp_path)
+    assert done.statuses == [1, 1]
+    assert done.errors.count("another process trains in it") == 1, done.errors[-3000:]
+    assert "efficap/commands" not in done.errors, "and without a traceback"
 
 
 def test_two_evaluate_as_one(folder: Path, alone: Path) -> None:
     settings = [f"run={alone}", "metrics=[BLEU,CIDEr]", "intervals.resamples=20", "gallery=0"]
     wanted = evaluate(compose("eval", *settings))
     captions = (alone / "eval" / "test" / "captions.json").read_text()
-    done = torchrun(ROOT / "eval.py", *settings, "accelerator=cpu", cwd=ROOT)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = together(ROOT / "eval.py", *settings, "accelerator=cpu", cwd=ROOT)
+    assert done.statuses == [0, 0], done.errors[-3000:]
     found = json.loads((alone / "eval" / "test" / "scores.json").read_text())
     assert (alone / "eval" / "test" / "captions.json").read_text() == captions
     assert found["images"] == wanted["images"] == 7
@@ -242,7 +273,7 @@ def test_two_evaluate_as_one(folder: Path, alone: Path) -> None:
             name
         )
     assert found["checks"] == pytest.approx(wanted["checks"], abs=1e-5)
-    assert done.stdout.count("captions, scores and pictures: ") == 1
+    assert done.printed.count("captions, scores and pictures: ") == 1
 
 
 def test_slurm_starts_a_job_anew_that_it_warned_and_it_goes_on(

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +14,7 @@ import pytest
 import torch
 from conftest import compose, tiny_model, tiny_overrides, write_colour_table
 from PIL import Image
+from started import started_together
 from tars import ThisProcess, encoded, jpeg, sample, samples, scenery, tar_bytes, write_tar
 
 from efficap.batch import CaptionBatch
@@ -673,20 +672,12 @@ def test_two_processes_train_on_uneven_shards(tmp_path: Path) -> None:
         "data.batch_size=2",
         "trainer.check_val_every_n_epoch=2",
     )
-    environment = {
-        **os.environ,
-        "SEEN": str(tmp_path),
-        "OMP_NUM_THREADS": "1",
-    }
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [sys.executable, *launcher, str(tmp_path / "ranks.py"), *arguments]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert result.stderr.count("checking every sample once") == 2, (
-        "of train and val, by one of both processes"
-    )
+    script = str(tmp_path / "ranks.py")
+    with started_together(2, script, *arguments, cwd=tmp_path, SEEN=str(tmp_path)) as ranks:
+        statuses = [rank.wait(300) for rank in ranks]
+    errors = "".join(rank.errors for rank in ranks)
+    assert statuses == [0, 0], errors[-3000:]
+    assert errors.count("checking every sample once") == 2, "of train and val, by one of both processes"
     steps = [
         [line.split() for line in (tmp_path / f"{rank}.txt").read_text().splitlines()] for rank in range(2)
     ]
