@@ -1,4 +1,5 @@
 import contextlib
+import gzip
 import io
 import json
 import math
@@ -52,6 +53,19 @@ def plain_path(monkeypatch):
     monkeypatch.setenv("PATH", f"{Path(java.find_java()).parent}{os.pathsep}{os.environ['PATH']}")
 
 
+@pytest.fixture
+def small_meteor(monkeypatch, tmp_path):
+    """METEOR with a paraphrase table of two entries, for reading its own takes it most of its time; its folder."""
+    folder = tmp_path / "meteor"
+    (folder / "data").mkdir(parents=True)
+    [jar] = Path(meteor_package.__file__).parent.glob("*.jar")
+    shutil.copy(jar, folder)
+    with gzip.open(folder / "data" / "paraphrase-en.gz", "wt") as table:
+        table.write("0.5\na puppy\na dog\n0.5\na dog\na puppy\n")  # probability, phrase, paraphrase
+    monkeypatch.setattr(meteor_package, "__file__", str(folder / "meteor.py"))
+    return folder
+
+
 def plain_tokens(captions):
     return ptbtokenizer.PTBTokenizer().tokenize(
         {k: [{"caption": text} for text in v] for k, v in captions.items()}
@@ -73,14 +87,16 @@ def test_scores_equal_pycocoevalcap_called_plainly(plain_path):
 
 
 @pytest.mark.slow
-def test_meteor_stands_a_decimal_comma_and_a_space_in_its_path(monkeypatch, plain_path, tmp_path):
+def test_meteor_stands_a_decimal_comma_and_a_space_in_its_path(
+    monkeypatch, plain_path, small_meteor, tmp_path
+):
     """Either of them ends METEOR as pycocoevalcap starts it."""
     expected = plain_tokens(REFERENCES)
     predicted = plain_tokens({k: [v] for k, v in PREDICTIONS.items()})
     plain = meteor_package.Meteor().compute_score(expected, predicted)[0]
 
     folder = tmp_path / "with spaces" / "100%"
-    shutil.copytree(Path(meteor_package.__file__).parent, folder)
+    shutil.copytree(small_meteor, folder)
     monkeypatch.setattr(meteor_package, "__file__", str(folder / "meteor.py"))
     german = "-Duser.language=de -Duser.language.format=de -Duser.country=DE"
     monkeypatch.setenv("JAVA_TOOL_OPTIONS", german)
@@ -175,7 +191,7 @@ def test_an_empty_caption_is_scored_and_moves_no_other():
 
 
 @pytest.mark.slow
-def test_meteor_takes_empty_captions_and_separators():
+def test_meteor_takes_empty_captions_and_separators(small_meteor):
     references = [["a dog runs", ""], ["a cat ||| sits"], ["a bird"]]
     score, statistics = java.meteor(["a dog runs", "a cat ||| sits", ""], references)
     assert 0 < score < 1
@@ -183,7 +199,7 @@ def test_meteor_takes_empty_captions_and_separators():
 
 
 @pytest.mark.slow
-def test_meteor_of_summed_statistics_is_meteors_own():
+def test_meteor_of_summed_statistics_is_meteors_own(small_meteor):
     """Of captions with matches of all kinds, exact ones among them, and of any part of them."""
     rng = np.random.default_rng(0)
     texts = [text for i in PREDICTIONS for text in (PREDICTIONS[i], *REFERENCES[i])]
