@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import runpy
 import subprocess
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_overrides
+from started import Started
 
 from efficap.commands.entry import CONF
 
@@ -35,13 +35,6 @@ def run(
         return int(end.value.code), capsys.readouterr().err
 
     return run
-
-
-def run_alone(script: str, *overrides: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    """The same in a process of its own."""
-    environment = {key: value for key, value in os.environ.items() if key != "HYDRA_FULL_ERROR"}
-    command = [sys.executable, str(ROOT / script), *overrides]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=120, env=environment)
 
 
 MISTAKES = {
@@ -227,11 +220,10 @@ def test_one_jobs_mistake_leaves_the_sweep_going_and_its_exit_code_tells(
     colour_table: Path, tmp_path: Path
 ) -> None:
     overrides = [o for o in tiny_overrides(colour_table, tmp_path) if not o.startswith("output_dir=")]
-    result = run_alone(
-        "train.py", "-m", *overrides, "trainer.max_epochs=1", "model.bridge.n_heads=5,4", cwd=tmp_path
-    )
-    assert result.returncode == 1
-    assert "error: model.bridge.n_heads=5 must divide" in result.stderr
+    settings = ["-m", *overrides, "trainer.max_epochs=1", "model.bridge.n_heads=5,4"]
+    process = Started("train.py", *settings, cwd=tmp_path, HYDRA_FULL_ERROR=None)
+    assert process.wait(300) == 1
+    assert "error: model.bridge.n_heads=5 must divide" in process.errors
     assert len(list((tmp_path / "outputs").rglob("model.safetensors"))) == 1
 
 
@@ -323,5 +315,6 @@ def test_a_reader_who_has_seen_enough_is_told_nothing(asked: list[str], tmp_path
 def test_help_lists_the_options_of_a_folder_of_the_users_own(tmp_path: Path) -> None:
     (tmp_path / "decoding").mkdir()
     (tmp_path / "decoding" / "mine.yaml").write_text("method: greedy\n")
-    result = run_alone("eval.py", f"--config-dir={tmp_path}", "--help", cwd=tmp_path)
-    assert "decoding: beam, constrained, diverse, greedy, mine, nucleus" in result.stdout
+    process = Started("eval.py", f"--config-dir={tmp_path}", "--help", cwd=tmp_path)
+    assert process.wait(120) == 0
+    assert "decoding: beam, constrained, diverse, greedy, mine, nucleus" in process.printed

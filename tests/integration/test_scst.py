@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +13,7 @@ import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table, write_random_run
 from safetensors.torch import load_file
+from started import Started
 
 from efficap.commands.evaluate import evaluate
 from efficap.commands.init_from import with_model_of
@@ -206,15 +204,7 @@ def test_an_option_of_another_objective_is_refused(start: tuple[Path, Path], tmp
 
 def test_the_command_line_is_heard(start: tuple[Path, Path], tmp_path: Path) -> None:
     """Hydra keeps what was said where `with_model_of` looks for it."""
-    root = Path(__file__).parents[2]
     overrides = from_run(start, tmp_path / "run", *SCST, "model.decoder.n_layer=3")
-    done = subprocess.run(
-        [sys.executable, "train.py", *overrides, f"hydra.run.dir={tmp_path / 'hydra'}"],
-        cwd=root,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 1
-    assert "model.decoder.n_layer=3 must be 2, as in init_from=" in done.stderr
+    process = Started("train.py", *overrides, f"hydra.run.dir={tmp_path / 'hydra'}")
+    assert process.wait(300) == 1
+    assert "model.decoder.n_layer=3 must be 2, as in init_from=" in process.errors
