@@ -14,6 +14,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
@@ -146,7 +147,9 @@ def _run(
     except BaseException:
         traceback.print_exc()
         status = 1
-    atexit._run_exitfuncs()  # what Python does at its end, and multiprocessing does not
+    # What Python does at its end, in its order; multiprocessing alone would wait for a pool that nobody ends.
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
     sys.stdout.flush()
     sys.stderr.flush()
     sys.exit(status)  # type: ignore[arg-type]

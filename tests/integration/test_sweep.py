@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,13 +15,13 @@ import pytest
 import yaml
 from conftest import tiny_overrides, write_colour_table
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from started import Started
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands.entry import _command
 from efficap.evaluation.compare.jobs import read_jobs
 
 pytestmark = pytest.mark.slow
-ROOT = Path(__file__).parents[2]
 
 
 class Sweep:
@@ -37,35 +36,26 @@ class Sweep:
     def __init__(self, path: Path, *settings: str, jobs: int, without: tuple[int, ...] = ()) -> None:
         table = write_colour_table(path / "colours")
         self.folder, self.pictures = path / "sweep", [path / f"pictures{number}" for number in range(jobs)]
+        self.images = table / "images"
         for number, pictures in enumerate(self.pictures):
             if number not in without:
-                pictures.symlink_to(table / "images")
+                pictures.symlink_to(self.images)
         own = ("output_dir", "name", "logger", "data.image_dir")
         shared = [o for o in tiny_overrides(table, path) if not o.startswith(own)]
         swept = f"data.image_dir={','.join(map(str, self.pictures))}"
-        self.command = [
-            sys.executable,
-            "train.py",
-            "-m",
-            *shared,
-            swept,
-            "name=job",
-            "logger=wandb",
-            *settings,
-        ]
-        self.command.append(f"hydra.sweep.dir={self.folder}")
+        self.settings = ["-m", *shared, swept, "name=job", "logger=wandb", *settings]
+        self.settings.append(f"hydra.sweep.dir={self.folder}")
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> Started:
         # Without W&B's service of this process, which would outlive the one that is killed.
-        own = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_SERVICE")}
-        own |= {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.Popen(self.command, cwd=ROOT, env=own, text=True, **pipes)
+        without = dict.fromkeys(name for name in os.environ if name.startswith("WANDB_SERVICE"))
+        own = {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
+        return Started("train.py", *self.settings, **without, **own)
 
     def mend(self) -> None:
         for pictures in self.pictures:
             if not pictures.exists():
-                pictures.symlink_to(self.pictures[0])
+                pictures.symlink_to(self.images)
 
     def record(self, number: int) -> dict[str, Any]:
         return dict(json.loads((self.folder / f"{number}_job" / "job.json").read_text()))
@@ -78,39 +68,39 @@ class Sweep:
         *earlier, last = sorted((self.folder / f"{number}_job" / "wandb").glob("offline-run-*/run-*.wandb"))
         return [*map(OfflineRun, earlier), finished_run(last)]
 
-    def wait_for_checkpoint(self, number: int, process: subprocess.Popen[str]) -> None:
+    def wait_for_checkpoint(self, number: int, process: Started) -> None:
         while not (self.folder / f"{number}_job" / "checkpoints" / "last.ckpt").is_file():
-            assert process.poll() is None, process.communicate()
+            assert process.is_alive(), process.errors
             time.sleep(0.01)
 
 
-def test_of_four_jobs_one_fails_and_one_is_killed_and_the_same_command_finishes_these(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, "hydra/launcher=processes", "trainer.max_epochs=6", jobs=4, without=(1,))
+def test_of_three_jobs_one_fails_and_one_is_killed_and_the_same_command_finishes_these(
+    tmp_path: Path,
+) -> None:
+    sweep = Sweep(tmp_path, "hydra/launcher=processes", "trainer.max_epochs=4", jobs=3, without=(0,))
     first = sweep.start()
-    sweep.wait_for_checkpoint(3, first)  # the last: the sweep waits for the others first
-    os.kill(sweep.record(3)["pid"], signal.SIGKILL)
-    printed, errors = first.communicate(timeout=600)
-    assert first.returncode == 1
-    assert "sweep: 2 done, 1 failed, 1 interrupted: " in printed
-    assert re.search(r"1_job failed: data.image_dir=\S+pictures1", errors)
-    assert "Traceback" not in errors
-    assert sweep.states() == ["done", "failed", "done", "interrupted"]
-    done = [sweep.record(number) for number in (0, 2)]
+    sweep.wait_for_checkpoint(2, first)  # the last: the sweep waits for the others first
+    os.kill(sweep.record(2)["pid"], signal.SIGKILL)
+    assert first.wait(600) == 1
+    assert "sweep: 1 failed, 1 done, 1 interrupted: " in first.printed
+    assert re.search(r"0_job failed: data.image_dir=\S+pictures0", first.errors)
+    assert "Traceback" not in first.errors
+    assert sweep.states() == ["failed", "done", "interrupted"]
+    done = sweep.record(1)
 
     sweep.mend()
     second = sweep.start()
-    printed, errors = second.communicate(timeout=600)
-    assert second.returncode == 0, errors
-    assert sweep.states() == 4 * ["done"]
-    assert [sweep.record(number) for number in (0, 2)] == done, "they were not begun again"
-    runs = [sweep.wandb(number) for number in range(4)]
-    assert [len(of_job) for of_job in runs] == [1, 1, 1, 2]
+    assert second.wait(600) == 0, second.errors
+    assert sweep.states() == 3 * ["done"]
+    assert sweep.record(1) == done, "it was not begun again"
+    runs = [sweep.wandb(number) for number in range(3)]
+    assert [len(of_job) for of_job in runs] == [1, 1, 2]
     ids = [{run.run_id for run in of_job} for of_job in runs]
-    assert [len(of_job) for of_job in ids] == 4 * [1]
-    assert len(set.union(*ids)) == 4, "a run for each job, none merged"
+    assert [len(of_job) for of_job in ids] == 3 * [1]
+    assert len(set.union(*ids)) == 3, "a run for each job, none merged"
     for number, of_job in enumerate(runs):
         last = of_job[-1]
-        assert [run.exit_codes for run in of_job] == ([[], [0]] if number == 3 else [[0]])
+        assert [run.exit_codes for run in of_job] == ([[], [0]] if number == 2 else [[0]])
         assert last.run.run_id == last.run_id
         assert (last.run.display_name, last.run.run_group) == (f"{number}_job", "sweep")
         assert set(last.run.tags) == {"tiny", "csv"}
@@ -122,31 +112,28 @@ def test_of_four_jobs_one_fails_and_one_is_killed_and_the_same_command_finishes_
 
 
 def test_jobs_of_joblib_tell_how_they_ended(tmp_path: Path) -> None:
-    sweep = Sweep(tmp_path, "hydra/launcher=parallel", "trainer.max_epochs=1", jobs=3, without=(1,))
+    sweep = Sweep(tmp_path, "hydra/launcher=parallel", "trainer.max_epochs=1", jobs=2, without=(0,))
     first = sweep.start()
-    printed, errors = first.communicate(timeout=600)
-    assert (first.returncode, sweep.states()) == (1, ["done", "failed", "done"]), errors
-    assert sweep.record(0)["pid"] != sweep.record(2)["pid"] != first.pid
+    assert (first.wait(600), sweep.states()) == (1, ["failed", "done"]), first.errors
+    assert first.pid not in {sweep.record(number)["pid"] for number in range(2)}
     sweep.mend()
     second = sweep.start()
-    printed, errors = second.communicate(timeout=600)
-    assert (second.returncode, sweep.states()) == (0, 3 * ["done"]), errors
-    assert printed.count("finished already: ") == 2
-    assert len({run.run.run_id for number in range(3) for run in sweep.wandb(number)}) == 3
+    assert (second.wait(600), sweep.states()) == (0, 2 * ["done"]), second.errors
+    assert second.printed.count("finished already: ") == 1
+    assert len({run.run.run_id for number in range(2) for run in sweep.wandb(number)}) == 2
 
 
 def test_a_sweep_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     sweep = Sweep(tmp_path, "trainer.max_epochs=3", "logger.artifact=true", jobs=3, without=(0,))
     first = sweep.start()
     sweep.wait_for_checkpoint(1, first)
-    first.kill()
-    first.communicate()
+    first.send(signal.SIGKILL)
+    first.wait(60)
     assert sweep.states() == ["failed", "interrupted", "not started"]
     second = sweep.start()
-    printed, errors = second.communicate(timeout=600)
-    assert (second.returncode, sweep.states()) == (1, ["failed", "done", "done"]), errors
-    assert "Traceback" not in errors
-    assert "sweep: 1 failed, 2 done: " in printed
+    assert (second.wait(600), sweep.states()) == (1, ["failed", "done", "done"]), second.errors
+    assert "Traceback" not in second.errors
+    assert "sweep: 1 failed, 2 done: " in second.printed
     killed, gone_on = sweep.wandb(1)
     assert killed.run_id == gone_on.run_id
     artifacts = [a.artifact for a in gone_on.records if a.WhichOneof("record_type") == "artifact"]
@@ -159,8 +146,7 @@ def test_optunas_search_takes_the_same_trials_again(tmp_path: Path) -> None:
     settings = ("sweep=learning_rate", "hydra.sweeper.n_trials=2", "trainer.max_epochs=1", "logger=csv")
     sweep = Sweep(tmp_path, *settings, jobs=1)
     first = sweep.start()
-    _, errors = first.communicate(timeout=600)
-    assert (first.returncode, sweep.states()) == (0, ["done", "done"]), errors
+    assert (first.wait(600), sweep.states()) == (0, ["done", "done"]), first.errors
     found = (sweep.folder / "optimization_results.yaml").read_text()
     scores = [
         json.loads((sweep.folder / f"{n}_job" / "metrics.json").read_text())["best"]["val/CIDEr"]
@@ -172,9 +158,8 @@ def test_optunas_search_takes_the_same_trials_again(tmp_path: Path) -> None:
     ]
     assert rates[0] != rates[1]
     second = sweep.start()
-    printed, errors = second.communicate(timeout=600)
-    assert second.returncode == 0, errors
-    assert printed.count("finished already: ") == 2
+    assert second.wait(600) == 0, second.errors
+    assert second.printed.count("finished already: ") == 2
     assert (sweep.folder / "optimization_results.yaml").read_text() == found
 
 
