@@ -42,6 +42,7 @@ class Soak:
         faults: how many.
         seed: of their kinds and times; how fast the machine is changes where in a training they hit.
         epochs: of each training.
+        pause: seconds, at most, that a training is left alone before a fault.
         minutes: after so many no further training is begun; None: no limit.
         on_fault: told after each one that was survived.
     """
@@ -53,10 +54,12 @@ class Soak:
         faults: int,
         seed: int,
         epochs: int,
+        pause: float = 1.5,
         minutes: float | None = None,
         on_fault: Callable[[str], object] = lambda kind: None,
     ) -> None:
         self.folder, self.faults, self.epochs, self.on_fault = folder, faults, epochs, on_fault
+        self.pause = pause
         self.until = time.monotonic() + 60 * minutes if minutes is not None else float("inf")
         self.random, self.outcome = Random(seed), Outcome(seed)
         self._bag: list[str] = []
@@ -123,7 +126,7 @@ class Soak:
             if kind == TRUNCATED:
                 to_truncate = True
                 continue
-            time.sleep(self.random.uniform(0.1, 1.5))
+            time.sleep(self.random.uniform(0.1, self.pause))
             if not life.is_alive():
                 break
             self.outcome.thrown[kind] += 1
