@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import io
+import pickle
+import subprocess
+import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 from conftest import compose
@@ -17,6 +22,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from efficap.data.csv import CSVDataModule
+from efficap.data.dataset import SharedRows
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import read_table
 from efficap.data.transforms import EvaluationTransform, Resized, TrainingTransform
@@ -405,3 +411,17 @@ def test_an_empty_split_names_those_that_there_are(colour_table: Path) -> None:
 def test_a_size_of_zero_is_refused(colour_table: Path, setting: str) -> None:
     with pytest.raises(InputError, match=f"data.{setting}=0 must be at least"):
         data_module(colour_table, f"data.{setting}=0")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the file has a name until its process ends")
+def test_the_rows_that_loaders_share_leave_no_file_behind_and_are_read_by_a_process_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    rows = SharedRows(pa.table({"words": ["red", "green", "blue"]}))
+    assert not list(tmp_path.iterdir())
+    read = "import pickle, sys; print(pickle.load(sys.stdin.buffer)['words', 2])"
+    loader = subprocess.run(
+        [sys.executable, "-c", read], input=pickle.dumps(rows), capture_output=True, check=True
+    )
+    assert loader.stdout == b"blue\n"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import sys
 import tempfile
 import weakref
 from pathlib import Path
@@ -39,10 +40,15 @@ class SharedRows:
 
     def __init__(self, rows: pa.Table) -> None:
         handle, self._file = tempfile.mkstemp(prefix="efficap-", suffix=".arrow")
-        os.close(handle)
         with pa.OSFile(self._file, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
             writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
-        weakref.finalize(self, _remove, self._file, os.getpid())
+        if sys.platform == "linux":  # a file without a name is gone with its processes, however these end
+            os.unlink(self._file)
+            self._file = f"/proc/{os.getpid()}/fd/{handle}"
+            weakref.finalize(self, os.close, handle)
+        else:
+            os.close(handle)
+            weakref.finalize(self, _remove, self._file, os.getpid())
         self._open()
 
     def _open(self) -> None:
