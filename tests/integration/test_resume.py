@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -15,12 +16,15 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
+import yaml
 from conftest import compose, going_on, tiny_overrides, write_colour_table
 from lightning.pytorch.callbacks import Timer
 from safetensors.torch import load_file
 from started import Started
 
+from efficap.commands.resume import same_run
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.settings import resolved_settings
 from efficap.commands.train import train
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
@@ -204,6 +208,32 @@ def test_a_training_by_the_clock_that_is_stopped_in_its_last_validation_comes_to
     assert (run / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize(
+    "interval", [[], ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=00:01:00:00"]]
+)
+def test_a_training_by_steps_that_is_stopped_in_its_last_validation_has_that_alone_left_to_do(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, interval: list[str]
+) -> None:
+    limits = ["trainer.max_steps=6", "trainer.limit_val_batches=2", *interval]  # in the midst of an epoch
+    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *CHANCE, *limits))
+    run, real = tmp_path / "run", CaptionModule.validation_step
+
+    def stopped_after_all_steps(self: CaptionModule, batch: Any, place: int) -> None:
+        if self.global_step == 6:
+            terminate()
+        real(self, batch, place)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionModule, "validation_step", stopped_after_all_steps)
+        with pytest.raises(SystemExit):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, *limits))
+    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == 6
+    with monkeypatch.context() as patch:
+        patch.setattr(CaptionModule, "training_step", lambda *_: pytest.fail("a step too many"))
+        train(going_on(run))
+    assert_equal_runs(run, whole)
+
+
 def test_a_training_whose_weights_could_not_be_written_is_not_finished(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,12 +287,14 @@ def test_self_critical_training(
 ) -> None:
     changes = [o for o in CHANCE if not o.startswith(("model", "training.token", "training.hidden"))]
     data = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(("model", "output_dir"))]
-    overrides = [*data, *changes, "training=scst", f"init_from={undisturbed}"]
+    begun_from = shutil.copytree(undisturbed, tmp_path / "begun_from")
+    overrides = [*data, *changes, "training=scst", f"init_from={begun_from}"]
     whole = train(compose("train", *overrides, f"output_dir={tmp_path / 'whole'}"))
     with monkeypatch.context() as patch:
         die_at(patch, "training_step", 6, kill)
         with pytest.raises(KilledError):
             train(compose("train", *overrides, f"output_dir={tmp_path / 'run'}"))
+    shutil.rmtree(begun_from)  # nothing of it is needed any more
     assert_equal_runs(train(going_on(tmp_path / "run")), whole)
 
 
@@ -421,6 +453,39 @@ def test_the_same_command_again_goes_on_by_itself(
     assert other == tmp_path / "fourth", "another seed is another training"
 
 
+def test_runs_of_a_folder_that_is_not_in_ascii_are_told_to_be_of_one_training(
+    folder: Path, tmp_path: Path
+) -> None:
+    data = [o for o in tiny_overrides(folder, tmp_path) if not o.startswith(("output_dir", "logger"))]
+    cfgs = [
+        resolved_settings(compose("train", *data, "logger=wandb", f"output_dir='{tmp_path}/größe/{run}'"))[0]
+        for run in ("first", "second")
+    ]
+    assert cfgs[1]["logger"]["save_dir"] == f"{tmp_path}/größe/second"
+    (tmp_path / "größe/first/checkpoints").mkdir(parents=True)
+    (tmp_path / "größe/first/checkpoints" / LAST).touch()
+    (tmp_path / "größe/first/config.yaml").write_text(yaml.safe_dump(cfgs[0]))
+    found = same_run({**cfgs[1], "resume": "auto"})
+    assert found is not None
+    assert found.path == tmp_path / "größe/first"
+
+
+def test_a_run_takes_callbacks_and_another_logger_that_it_had_not(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    early = "+callbacks.early"
+    stopping = [f"{early}._target_=lightning.pytorch.callbacks.EarlyStopping", f"{early}.monitor=val/loss"]
+    settings, _, _ = resolved_settings(going_on(run, *stopping, "logger=wandb"))
+    assert settings["callbacks"]["early"]["monitor"] == "val/loss"
+    assert settings["logger"]["name"] == RunDirectory(run).config["name"]
+    assert settings["logger"]["save_dir"] == str(run)
+    settings, _, _ = resolved_settings(
+        going_on(run, "logger=wandb", "logger.name=other", "logger.save_dir=there")
+    )
+    assert (settings["logger"]["name"], settings["logger"]["save_dir"]) == ("other", "there")
+
+
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_run_that_a_process_trains_in_is_left_alone(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
@@ -457,9 +522,9 @@ def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alon
     run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     # Its last checkpoint is of before the third epoch's validation, after 12 steps.
-    for below, reached in (("trainer.max_epochs=1", 2), ("trainer.max_steps=11", 12)):
+    for below, least in (("trainer.max_epochs=2", 3), ("trainer.max_steps=11", 12)):
         with pytest.raises(
-            InputError, match=rf"{below} must be at least {reached}, to which the training has"
+            InputError, match=rf"{below} must be at least {least}, as the training has come that far"
         ):
             train(going_on(run, below))
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*")} == before

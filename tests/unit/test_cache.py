@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
-from toys import BEAM, EOS, GPT2Pair, captions, ids, run
+from toys import BEAM, EOS, GREEDY, NUCLEUS, GPT2Pair, captions, ids, run
 
 from efficap.decoding import build_decoding
 from efficap.models.captioner import DecodingState, FixedDecodingState
@@ -85,14 +86,29 @@ def test_pictures_may_leave_before_the_rows_grow() -> None:
 
 
 @torch.no_grad()
-def test_beam_search_compiles_one_step_for_all_lengths_and_batches() -> None:
+@pytest.mark.parametrize(
+    ("settings", "others"),  # the prompt, where rows are not as many as later
+    [(GREEDY, 0), (BEAM, 1), ({**NUCLEUS, "num_return_sequences": 3}, 1)],
+)
+def test_decoding_compiles_one_step_for_all_lengths_and_batches(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], others: int
+) -> None:
     pair, counter = GPT2Pair(0, eos_id=EOS, images=6), CompileCounter()
-    step = torch.compile(pair.ours.step, backend=counter, dynamic=False, fullgraph=True)
-    beam = build_decoding({**BEAM, "max_tokens": 12})
+    eager = pair.ours.step
+    step = torch.compile(eager, backend=counter, dynamic=False, fullgraph=True)
+    decoding = build_decoding({**settings, "max_tokens": 12})
     for memory in (pair.memory, pair.memory[:4]):
-        expected = run(beam, DecodingState(pair.ours, memory, beam.max_tokens), ids(len(memory)))
-        state = FixedDecodingState(pair.ours, pair.memory, beam.max_tokens, len(memory), step)
-        found = run(beam, state, ids(len(memory)))
+        expected = run(decoding, DecodingState(pair.ours, memory, decoding.max_tokens), ids(len(memory)))
+        state = FixedDecodingState(
+            pair.ours, pair.memory, decoding.max_tokens, len(memory), step, rows=decoding.rows
+        )
+        with monkeypatch.context() as patch:
+            uncompiled: list[Tensor] = []
+            patch.setattr(
+                pair.ours, "step", lambda ids, *rest, to=uncompiled: to.append(ids) or eager(ids, *rest)
+            )
+            found = run(decoding, state, ids(len(memory)))
+        assert len(uncompiled) == others
         assert captions(found) == captions(expected)
         assert (found.scores - expected.scores).abs().max() < 1e-4
     assert len(set(expected.lengths.flatten().tolist())) > 1  # so that pictures leave

@@ -42,9 +42,9 @@ def sizes_of(written_by: CaptionWriter, images: Tensor, monkeypatch: pytest.Monk
     """The sizes of the batches in which pictures are decoded."""
     sizes, start = [], written_by.captioner.start
 
-    def counted(part: Tensor, max_tokens: int) -> Any:
+    def counted(part: Tensor, *rest: Any) -> Any:
         sizes.append(len(part))
-        return start(part, max_tokens)
+        return start(part, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(written_by.captioner, "start", counted)
@@ -85,15 +85,42 @@ def test_memory_that_runs_out_halves_the_batch(
 ) -> None:
     start = captioner.start
 
-    def with_room_for_two(part: Tensor, max_tokens: int) -> Any:
+    def with_room_for_two(part: Tensor, *rest: Any) -> Any:
         if len(part) > 2:
             raise torch.OutOfMemoryError
-        return start(part, max_tokens)
+        return start(part, *rest)
 
     monkeypatch.setattr(captioner, "start", with_room_for_two)
     names = [str(number) for number in range(5)]
     assert len(writer(captioner, batch_size=5).write(pictures(5), names)) == 5
     assert capsys.readouterr().err == "out of memory with 5 pictures at a time; going on with 2\n"
+
+
+def test_memory_that_runs_out_halves_the_batch_that_compiled_decoding_fills_up(
+    captioner: CaptionModel, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encode, images, names = captioner.encode, pictures(9), [str(number) for number in range(9)]
+    monkeypatch.setattr(captioner, "_compiled_step", captioner.decoder.step)
+
+    def with_room_for(most: int) -> list[list[str]]:
+        def encode_some(part: Tensor) -> Tensor:
+            if len(part) > most:
+                raise torch.OutOfMemoryError
+            return encode(part)
+
+        monkeypatch.setattr(captioner, "encode", encode_some)
+        return [
+            [caption.text for caption in of_image]
+            for of_image in writer(captioner, batch_size=8).write(images, names)
+        ]
+
+    whole = with_room_for(8)
+    assert with_room_for(3) == whole
+    err = capsys.readouterr().err
+    assert err.splitlines() == [
+        "out of memory with 8 pictures at a time; going on with 4",
+        "out of memory with 4 pictures at a time; going on with 2",
+    ]
 
 
 def test_the_estimate_grows_with_what_is_held(captioner: CaptionModel) -> None:

@@ -271,7 +271,11 @@ def test_learning_rates_are_scaled(captioner: CaptionModel, tokenizer: CaptionTo
     [
         (
             {"samples": 1},
-            r"training.samples=1 must be a whole number of at least 2; training.baseline=greedy does",
+            r"samples=1 must be a whole number of at least 2; training.baseline=greedy training.sampling=random does",
+        ),
+        (
+            {"samples": 1, "baseline": "greedy", "sampling": "beam"},
+            r"samples=1 must be a whole number of at least 2",
         ),
         ({"samples": 0, "baseline": "greedy"}, r"training.samples=0 must be a whole number of at least 1"),
         ({"samples": 2.5}, r"training.samples=2.5 must be a whole number"),

@@ -66,6 +66,22 @@ def shown(run: Path) -> str:
     return console.export_text()
 
 
+def test_the_time_left_of_a_stage_counts_from_its_beginning(run: Path) -> None:
+    """After 100 s of the first stage, 10 s of the second from 5 to 10 % on: 180 s are left."""
+    log = pd.read_csv(run / "metrics.csv")
+    log["train/progress"] *= 4
+    rows = {
+        "step": [49, 59],
+        "train/pairs": [1100, 1200],
+        "train/pairs_per_second": 10,
+        "train/progress": [0.05, 0.1],
+    }
+    pd.concat([log, pd.DataFrame(rows)[:1]]).to_csv(run / "metrics.csv", index=False)
+    assert read_run(run).seconds_left is None
+    pd.concat([log, pd.DataFrame(rows)]).to_csv(run / "metrics.csv", index=False)
+    assert read_run(run).seconds_left == pytest.approx(180)
+
+
 def test_the_screen_tells_speed_time_left_scores_and_captions(run: Path) -> None:
     with begun(run):
         text = shown(run)

@@ -39,6 +39,16 @@ _MISTAKES = (InputError, LostProcessError, HydraException, OmegaConfBaseExceptio
 CONF = Path(__file__).parents[3] / "conf"
 
 
+def _model_name(choice: str, init_from: str | None) -> str:
+    from efficap.commands.init_from import model_name  # slow to import: --help need not wait for it
+
+    return choice if init_from is None else model_name(choice, init_from)
+
+
+# As this is imported, for a sweep's jobs in other processes call nothing else here.
+OmegaConf.register_new_resolver("model_name", _model_name, replace=True)
+
+
 def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     """Compose conf/`config_name`.yaml with the command line and call `function` with plain values.
 

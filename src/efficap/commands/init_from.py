@@ -30,6 +30,16 @@ _FITTED = {
 }
 
 
+def model_name(choice: str, init_from: str) -> str:
+    """What names a model that is a run's: the run, without its data, as ``small`` of ``small-csv``; else the choice."""
+    try:
+        config = RunDirectory(init_from, "init_from").config
+    except InputError:
+        return choice  # the training tells
+    data = str(config["data"].get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
+    return str(config["name"]).removesuffix(f"-{data[2]}" if len(data) > 3 else "")
+
+
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     """The values of conf/train.yaml with the model of a run that the training starts from.
 

@@ -17,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
 
+from efficap.commands.init_from import model_name
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.provenance import provenance, without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
@@ -46,7 +47,7 @@ def build_loggers(cfg: dict[str, Any], run_dir: Path, log: pd.DataFrame | None) 
             )
         told = without_secrets({**cfg, "provenance": provenance()})
         if kind := _wandb_class(cfg["logger"]["_target_"]):
-            logger = _wandb_logger(kind, cfg["logger"], run_dir)
+            logger = _wandb_logger(kind, cfg, run_dir)
             run = logger.experiment
             if isinstance(getattr(run, "sweep_id", None), str):  # W&B's agent lets nobody change what it set
                 swept = set(run.config.keys())
@@ -71,7 +72,7 @@ def _wandb_class(target: str) -> type[WandbLogger] | None:
     return GuestWandbLogger if found is WandbLogger else found
 
 
-def _wandb_logger(kind: type[WandbLogger], settings: dict[str, Any], run_dir: Path) -> WandbLogger:
+def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -> WandbLogger:
     """W&B's, its run begun: offline where it cannot be had online.
 
     Raises:
@@ -82,8 +83,9 @@ def _wandb_logger(kind: type[WandbLogger], settings: dict[str, Any], run_dir: Pa
     # A line of its own log that a full disk has no room for would be a traceback.
     logging.raiseExceptions = False
     ours = ("_target_", "artifact", "mode")
-    mode = settings.get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
-    settings = {key: value for key, value in settings.items() if key not in ours} | _wandb_run(run_dir)
+    mode = cfg["logger"].get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
+    settings = {key: value for key, value in cfg["logger"].items() if key not in ours}
+    settings |= _wandb_run(run_dir) or _new_wandb_run(cfg, run_dir)
     settings = {"save_dir": str(run_dir), **settings, "name": without_secrets(settings.get("name"))}
     mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     try:
@@ -115,20 +117,22 @@ def _reach(url: str) -> None:
 
 
 def _wandb_run(run_dir: Path) -> dict[str, Any]:
-    """What tells the run from others: a new one is tagged by the choices that were made, and a sweep's grouped."""
+    """Which of W&B's runs goes on with a run that is gone on with; empty where it has none."""
     file = run_dir / _WANDB_FILE
-    if file.is_file():  # gone on with: W&B goes on with its run too
-        kept = _read_wandb_file(file)
-        return {**kept, "resume": "allow"}
-    found: dict[str, Any] = {}
-    if HydraConfig.initialized():
-        hydra = HydraConfig.get()
-        found["tags"] = [str(hydra.runtime.choices[group]) for group in ("model", "data")]
-        if is_sweep_job():
-            found |= {
-                "group": Path(hydra.sweep.dir).name[:128],
-                "name": run_dir.name,
-            }  # W&B takes no longer one
+    return {**_read_wandb_file(file), "resume": "allow"} if file.is_file() else {}
+
+
+def _new_wandb_run(cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
+    """What tells the run from others: it is tagged by the choices that were made, and a sweep's grouped."""
+    if not HydraConfig.initialized() or cfg["resume"]:  # whose choices were made before
+        return {}
+    hydra = HydraConfig.get()
+    model, data = (str(hydra.runtime.choices[group]) for group in ("model", "data"))
+    if cfg["init_from"]:
+        model = model_name(model, cfg["init_from"])
+    found: dict[str, Any] = {"tags": [model, data]}
+    if is_sweep_job():
+        found |= {"group": Path(hydra.sweep.dir).name[:128], "name": run_dir.name}  # W&B takes no longer one
     return found
 
 

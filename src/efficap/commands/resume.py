@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,16 @@ def has_checkpoint(run_dir: Path) -> bool:
 def _compared(config: dict[str, Any]) -> str:
     settings = {key: value for key, value in config.items() if key not in _NOT_COMPARED}
     settings["stages"] = list((config.get("stages") or {}).items())  # in their order
-    return json.dumps(settings, sort_keys=True).replace(str(config["output_dir"]), "")  # loggers have it too
+    return json.dumps(_placeless(settings, str(config["output_dir"])), sort_keys=True)  # loggers have it too
+
+
+def _placeless(settings: Any, folder: str) -> Any:
+    """The settings without the path of a folder in any of their texts."""
+    if isinstance(settings, dict):
+        return {key: _placeless(value, folder) for key, value in settings.items()}
+    if isinstance(settings, list | tuple):
+        return [_placeless(value, folder) for value in settings]
+    return settings.replace(folder, "") if isinstance(settings, str) else settings
 
 
 def leave_no_trace(folder: Path) -> None:
@@ -103,8 +113,6 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     is_named = cfg["resume"] not in (None, "auto")
     if not is_named:
         return settings  # of a run whose settings are those of the command line, to the last one
-    if isinstance(settings["logger"], dict) and "save_dir" in settings["logger"]:
-        settings["logger"] = {**settings["logger"], "save_dir": str(run.path)}  # the run may have been moved
     said, of_parts = said_settings(cfg), _of_parts(run.config)
     for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
@@ -122,8 +130,18 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
             settings[group] = _changed(settings[group], cfg[group], rest.split("."))
         elif group != "resume":
             settings[group] = cfg[group]
+    if isinstance(settings["logger"], dict):
+        settings["logger"] = {**settings["logger"], **_own_place(run, settings["logger"], said)}
     check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
     return settings
+
+
+def _own_place(run: RunDirectory, logger: dict[str, Any], said: Collection[str]) -> dict[str, Any]:
+    """What of a logger's settings says whose it is: the run may have been moved, or its logger be a new one."""
+    own = {"save_dir": str(run.path)}
+    if "logger" in said:
+        own["name"] = run.config["name"]
+    return {key: value for key, value in own.items() if key in logger and f"logger.{key}" not in said}
 
 
 def _of_parts(config: dict[str, Any]) -> list[str]:
@@ -146,16 +164,18 @@ def _at(settings: Any, key: str) -> Any:
 def _changed(settings: Any, cfg: Any, path: list[str]) -> Any:
     if not path:
         return cfg
-    return {**settings, path[0]: _changed(settings.get(path[0]), cfg[path[0]], path[1:])}
+    own = settings if isinstance(settings, dict) else {}  # the run may have had nothing there
+    return {**own, path[0]: _changed(own.get(path[0]), cfg[path[0]], path[1:])}
 
 
 def check_limits(checkpoint: Path, trainer: dict[str, Any]) -> None:
-    """Raises InputError where the limits of a stage's trainer are below what it has come to at a checkpoint."""
+    """Raises InputError where the limits of a stage's trainer leave nothing to do after a checkpoint."""
     found = read_checkpoint(checkpoint)
-    for limit, reached in (("max_epochs", found["epoch"]), ("max_steps", found["global_step"])):
-        if trainer[limit] != -1 and reached > trainer[limit]:
+    due = found["callbacks"]["ResumePoint"]["validation_due"]
+    for limit, least in (("max_epochs", found["epoch"] + 1), ("max_steps", found["global_step"] + (not due))):
+        if trainer[limit] != -1 and trainer[limit] < least:
             raise InputError(
-                f"trainer.{limit}={trainer[limit]} must be at least {reached}, to which the training has come; leave "
+                f"trainer.{limit}={trainer[limit]} must be at least {least}, as the training has come that far; leave "
                 "it out, or start anew"
             )
 

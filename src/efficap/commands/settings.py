@@ -30,8 +30,9 @@ def resolved_settings(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory
     resumed = named_run(cfg)
     if resumed:
         cfg = with_settings_of(resumed, cfg)
-    init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
+    init_from = None
     if not resumed:
+        init_from = RunDirectory(cfg["init_from"], "init_from") if cfg["init_from"] is not None else None
         cfg = with_model_of(init_from, cfg) if init_from else {**cfg, "model": resolve_model(cfg["model"])}
         cfg = _with_absolute_paths(with_whole_stages(cfg))
         resumed = same_run(cfg)

@@ -48,16 +48,24 @@ class Ensemble:
         """All forms of a batch, (B, 3, side, side) uint8 each, in one (B, P), so that a batch can be cut."""
         return torch.cat([images.flatten(1) for images in forms], dim=1)  # (B, P)
 
-    def start(self, images: Tensor, max_tokens: int) -> AveragedStep:
+    def start(self, images: Tensor, max_tokens: int, rows: int | None = None) -> AveragedStep:
         """Encode packed (B, P) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
+
+        Args:
+            rows: of a picture after the prompt; see `CaptionModel.start`.
 
         Raises:
             InputError: a decoder has no positions for that many.
         """
         forms = self._unpack(images)
         return AveragedStep(
-            [member.captioner.start(forms[member.square], max_tokens) for member in self.members]
+            [member.captioner.start(forms[member.square], max_tokens, rows) for member in self.members]
         )
+
+    def fill_up_to(self, pictures: int) -> None:
+        """As `CaptionModel.fill_up_to`, of all members."""
+        for member in self.members:
+            member.captioner.fill_up_to(pictures)
 
     def _unpack(self, images: Tensor) -> list[Tensor]:
         parts = images.split([3 * side * side for side in self.sides], dim=1)  # of (B, 3 * side * side)

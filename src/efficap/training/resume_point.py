@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import signal
 import threading
@@ -78,6 +79,10 @@ class ResumePoint(Callback):
         self._is_written = False  # and not yet in its place
         self._last_is_whole = False  # known to be, as this process wrote it
         self._validation_due = False  # the checkpoint was written before a validation, which is still to come
+        self._interval: float | None = (
+            None  # between validations, in seconds, while the last one is made up for
+        )
+        self._is_over = False  # but for that validation
 
     def state_dict(self) -> dict[str, Any]:
         return {"validation_due": self._validation_due}
@@ -96,6 +101,14 @@ class ResumePoint(Callback):
                 # Lightning would do nothing with it. So it has a moment left: for the validation, and one step more.
                 checkpoint["callbacks"]["Timer"]["time_elapsed"]["train"] += remaining - 1e-3
 
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        due = checkpoint["callbacks"][type(self).__name__]["validation_due"]
+        if due and checkpoint["global_step"] == trainer.max_steps:
+            self._is_over = True
+            trainer.fit_loop.epoch_loop.max_steps += 1  # Lightning would do nothing at all
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._listen()
@@ -104,6 +117,10 @@ class ResumePoint(Callback):
             validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
             validation.restarting = False
             self._validation_due = False
+        if self._is_over:  # Lightning validates before the next step where it is time to, and it is
+            clock: Any = trainer
+            self._interval, clock._val_check_time_interval = clock._val_check_time_interval, 0.0
+            clock._last_val_time = -math.inf
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
@@ -146,8 +163,12 @@ class ResumePoint(Callback):
         return bool(is_due)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        is_training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if is_training and trainer.global_step != trainer.max_steps:  # Lightning trains no more from there
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            if self._is_over:
+                clock: Any = trainer
+                clock._val_check_time_interval = self._interval
+                trainer.fit_loop.epoch_loop.max_steps -= 1
+                self._is_over = False
             self._validation_due = True
             self._write(trainer)
             self._validation_due = False

@@ -222,9 +222,9 @@ def check_settings(
         raise InputError(f"training.sampling={sampling} must be one of {', '.join(SAMPLINGS)}")
     if baseline not in BASELINES:
         raise InputError(f"training.baseline={baseline} must be one of {', '.join(BASELINES)}")
-    least = 2 if baseline == "leave_one_out" else 1
+    least = 1 if (baseline, sampling) == ("greedy", "random") else 2  # a single beam is the greedy caption
     if not isinstance(samples, int) or samples < least:
-        way_out = "; training.baseline=greedy does with 1" if samples == 1 else ""
+        way_out = "; training.baseline=greedy training.sampling=random does with 1" if samples == 1 else ""
         raise InputError(f"training.samples={samples} must be a whole number of at least {least}{way_out}")
     if not 0.01 <= temperature <= 100:
         raise InputError(

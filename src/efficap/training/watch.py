@@ -64,9 +64,16 @@ class Watched:
 
     @property
     def seconds_left(self) -> float | None:
-        """At the rate so far, validations left out."""
-        share, seconds = self.last("train/progress"), self.seconds
-        return seconds * (1 - share) / share if share and seconds is not None else None
+        """At the rate so far, validations left out; in a training of stages, of the one that it is in."""
+        progress = self.curve("train/progress")
+        seconds = self.curve("train/pairs") / self.curve("train/pairs_per_second")
+        share, since, begun = self.last("train/progress"), self.seconds, 0.0
+        falls = progress.index[progress.diff() < 0]  # a stage began, or the training was prolonged
+        if share and since is not None and len(falls):
+            begun, since = float(progress[falls[-1]]), since - float(seconds[falls[-1]])
+        return (
+            since * (1 - share) / (share - begun) if share and share > begun and since is not None else None
+        )
 
 
 def read_run(path: Path, before: Watched | None = None) -> Watched:

@@ -122,6 +122,7 @@ class CaptionWriter:
                 if size == 1 or not is_out_of_memory(error):
                     raise
                 self.batch_size = size // 2
+                self.captioner.fill_up_to(self.batch_size)
             else:
                 continue
             if images.device.type == "cuda":
@@ -192,7 +193,7 @@ class CaptionWriter:
         ]
 
     def _start(self, images: Tensor, image_ids: list[str]) -> Step:
-        state = self.captioner.start(images, self.decoding.max_tokens)
+        state = self.captioner.start(images, self.decoding.max_tokens, self.decoding.rows)
         if self.on_encoded and isinstance(state, DecodingState | FixedDecodingState):
             self.on_encoded(image_ids, state.memory)
         return state

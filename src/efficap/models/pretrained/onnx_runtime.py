@@ -52,8 +52,11 @@ class OnnxCaptioner:
                 f"{vocab_size}; export the run again"
             )
 
-    def start(self, images: Tensor, max_tokens: int) -> OnnxDecodingState:
+    def start(self, images: Tensor, max_tokens: int, rows: int | None = None) -> OnnxDecodingState:
         """Encode (B, 3, H, W) uint8 pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
+
+        Args:
+            rows: of a picture; the graphs take any number.
 
         Raises:
             InputError: the decoder has no positions for that many.
@@ -65,6 +68,9 @@ class OnnxCaptioner:
             )
         memory = _run(self.encoder, MEMORY, {"images": images.numpy(force=True)})
         return OnnxDecodingState(self.decoder, memory)
+
+    def fill_up_to(self, pictures: int) -> None:
+        """Nothing: batches are not filled up."""
 
     def cross_attention(self, images: Tensor, tokens: Tensor, *, rollout: bool = False) -> Tensor:
         """Raises InputError: the graphs keep to themselves where the decoder looks."""
