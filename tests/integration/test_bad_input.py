@@ -49,6 +49,9 @@ MISTAKES = {
         r"error: model.encoder.name=efficientnet_b0.ra_in1k: cannot load its pretrained weights .*"
         r"model.encoder.weights_file=FILE .*model.pretrained=false"
     ),
+    "data=demo data.root=/dev/null/demo": (
+        r"error: data.root=/dev/null/demo cannot be written: .*; data.root=DIR names another"
+    ),
     "data=cvs": r"error: data=cvs is not known; nearest: csv; there are csv, demo, mix, webdataset$",
     "data.table=none.csv": r"error: data.table=.*none.csv does not exist",
     "data.caption_column=text": r"error: data.table=.* has no column 'text', only 'file_name', 'caption', 'split'",

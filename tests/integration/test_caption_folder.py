@@ -15,6 +15,7 @@ import torch
 import yaml
 from conftest import compose, tiny_overrides, write_colour_table
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from started import Started
 
 from efficap.commands import caption as command
@@ -175,6 +176,21 @@ def test_results_of_other_settings_are_not_mixed(
     caption(compose("caption", *settings(run, pictures, tmp_path)))
     with pytest.raises(InputError, match=message):
         caption(compose("caption", *settings(run, pictures, tmp_path), change))
+
+
+def test_results_of_other_weights_are_not_mixed(run: Path, pictures: Path, tmp_path: Path) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    caption(compose("caption", *settings(own, pictures, tmp_path / "out")))
+    weights = load_file(own / "model.safetensors")
+    save_file({name: 2 * value for name, value in weights.items()}, own / "model.safetensors")
+    with pytest.raises(
+        InputError, match=r"holds captions of other weights: .*; name another folder with out"
+    ):
+        caption(compose("caption", *settings(own, pictures, tmp_path / "out")))
+    record = json.loads((tmp_path / "out" / "captioning.json").read_text())
+    del record["weights"]  # as earlier versions wrote it
+    (tmp_path / "out" / "captioning.json").write_text(json.dumps(record))
+    caption(compose("caption", *settings(own, pictures, tmp_path / "out")))
 
 
 @pytest.mark.parametrize(

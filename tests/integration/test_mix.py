@@ -147,3 +147,14 @@ def test_a_mixture_of_shards_and_a_table_trains_and_evaluates(colour_table: Path
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["steps"] == 2 * 2 + 2, "8 pictures in batches of 4: twice from shards, once from the table"
     assert evaluate(compose("eval", f"run={run}", "metrics=[CIDEr]"))["images"] == 4
+
+
+def test_the_training_split_of_a_set_that_is_only_evaluated_on_is_evaluated(tmp_path: Path) -> None:
+    data = mixed(tmp_path, epochs={"one": 1})
+    tokenizer = CaptionTokenizer.learn(data.training_captions(), 300)
+    data.prepare(tokenizer, image_size=64, interpolation="bicubic", crop_pct=1.0, splits=["train"])
+    batches = list(data.evaluation_dataloader("train"))
+    assert sum(map(len, batches)) == 8
+    captions = [caption for batch in batches for own in batch.references or [] for caption in own]
+    assert captions
+    assert not [caption for caption in captions if caption.startswith("a ")], "the other set's have none"

@@ -50,7 +50,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     decoding = build_decoding(settings)
     load = functools.partial(_load_writer, run, decoding, device, precision, compile=cfg["compile"])
     looking = _looking(cfg)
-    record = done_with(run.path, settings, precision, looking)
+    record = done_with(run, settings, precision, looking)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
     workers = default_workers() if cfg["num_workers"] is None else cfg["num_workers"]
     if names_shards(cfg["images"]):

@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from efficap.commands.run_dir import RunDirectory
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
 from efficap.training.writer import WrittenCaption
@@ -18,18 +19,19 @@ RECORD = "captioning.json"
 
 
 def done_with(
-    run: Path, settings: dict[str, Any], precision: torch.dtype, looking: dict[str, bool]
+    run: RunDirectory, settings: dict[str, Any], precision: torch.dtype, looking: dict[str, bool]
 ) -> dict[str, Any]:
     """What the results depend on besides the pictures; the batch changes none.
 
     Args:
-        run: the run directory.
+        run: whose weights a training that goes on may replace.
         settings: of the decoding.
         precision: of the weights.
         looking: what is told of where the model looked.
     """
     return {
-        "run": str(run),
+        "run": str(run.path),
+        "weights": run.weights_digest(),
         "decoding": {name: value for name, value in settings.items() if name != "batch_size"},
         "precision": str(precision).removeprefix("torch."),
         "attention": looking,
@@ -40,18 +42,19 @@ def check_record(folder: Path, record: dict[str, Any]) -> None:
     """Compare `record` with the one beside the results of a folder, if there is one.
 
     Raises:
-        InputError: the folder holds results of another run, decoding, precision or attention.
+        InputError: the folder holds results of another run, other weights, another decoding, precision or attention.
     """
     file = folder / RECORD
     if not file.is_file():
         return
     once = {"precision": "float32", "attention": {}}  # all that there was
+    once["weights"] = record["weights"]  # whose they are was not written down
     found = {**once, **json.loads(file.read_text(encoding="utf-8"))}
     differs = [key for key in record if found.get(key) != record[key]]
     if differs:
-        key = differs[0]
+        key, which = differs[0], "other" if differs[0] == "weights" else "another"
         raise InputError(
-            f"{folder} holds captions of another {key}: {found.get(key)}, not {record[key]}; "
+            f"{folder} holds captions of {which} {key}: {found.get(key)}, not {record[key]}; "
             "name another folder with out=DIR"
         )
 

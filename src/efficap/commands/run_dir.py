@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from efficap.evaluation.results import replacing
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
+from efficap.models.weights import WEIGHTS_FILE
 from efficap.tokenizer import CaptionTokenizer
 from efficap.yaml_files import read_yaml
 
@@ -64,6 +67,14 @@ class RunDirectory:
 
     def tokenizer(self) -> CaptionTokenizer:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
+
+    def weights_digest(self) -> str:
+        """SHA-256 of the weights, or of an export's graphs; of nothing where there are none yet."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("*.onnx")) if self.export else [self.path / WEIGHTS_FILE]:
+            with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
+                digest.update(hashlib.file_digest(opened, "sha256").digest())
+        return digest.hexdigest()
 
     def placement(self, accelerator: str, precision: str | None) -> tuple[torch.device, torch.dtype]:
         """The device and the dtype of the weights that the settings of these names ask for.

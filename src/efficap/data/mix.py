@@ -102,13 +102,11 @@ class MixedDataModule(CaptionData):
             "interpolation": interpolation,
             "crop_pct": crop_pct,
         }
+        trained = self.sources.values() if len(splits) > 1 else [self.evaluated]  # one alone is evaluated
         for source in self._all.values():
-            own = [split for split in splits if self._has(source, split)]
+            own = [s for s in splits if (source in trained if s == "train" else source is self.evaluated)]
             if own:
                 source.prepare(tokenizer, **size, splits=own)
-
-    def _has(self, source: CaptionDataModule, split: str) -> bool:
-        return source in self.sources.values() if split == "train" else source is self.evaluated
 
     def train_dataloader(self) -> MixedLoader:
         for source in self.sources.values():

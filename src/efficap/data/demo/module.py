@@ -7,6 +7,7 @@ from typing import Any
 
 from efficap.data.csv import CSVDataModule
 from efficap.data.demo.writing import write_demo
+from efficap.errors import InputError
 
 
 class DemoDataModule(CSVDataModule):
@@ -23,4 +24,10 @@ class DemoDataModule(CSVDataModule):
         self.root, self.demo_seed = Path(root).expanduser(), demo_seed
 
     def prepare_data(self) -> None:
-        write_demo(self.root, seed=self.demo_seed)
+        try:
+            write_demo(self.root, seed=self.demo_seed)
+        except OSError as error:
+            raise InputError(
+                f"data.root={self.root} cannot be written: {error.strerror or error}; data.root=DIR names another, in "
+                "eval.py +data.root=DIR +data.table=DIR/captions.csv +data.image_dir=DIR/images"
+            ) from error
