@@ -327,6 +327,28 @@ def test_quarantined_pictures_are_left_out(colour_table: Path) -> None:
     assert not data.bad_samples
 
 
+def test_the_quarantine_of_each_table_of_a_mapping_counts_for_its_split(colour_table: Path) -> None:
+    for split, part in pd.read_csv(colour_table / "captions.csv").groupby("split"):
+        part.drop(columns="split").to_csv(colour_table / f"{split}.csv", index=False)
+    (colour_table / "train.quarantine.csv").write_text(
+        "image,reason\ntrain_3.jpg,truncated\ntest_1.jpg,missing\n"
+    )
+    data = data_module(
+        colour_table, f"data.table={{train:{colour_table}/train.csv,val:{colour_table}/test.csv}}"
+    )
+    assert (len(data.split("train")), len(data.split("val"))) == (7, 4)
+
+
+def test_a_split_that_is_in_quarantine_names_it(colour_table: Path) -> None:
+    names = "".join(f"train_{number}.jpg,missing\n" for number in range(8))
+    (colour_table / "captions.quarantine.csv").write_text(f"image,reason\n{names}")
+    message = (
+        r"has no picture in that split; .*: mend or remove \S+/captions.quarantine.csv \(8 pictures\), whose"
+    )
+    with pytest.raises(InputError, match=message):
+        _ = data_module(colour_table).training_size
+
+
 def test_captions_are_filtered_in_training_alone_and_counted(colour_table: Path) -> None:
     data = data_module(colour_table, "data.text.min_words=4", "data.text.exclude=grey")
     assert data.training_size == 6, "two of eight pictures are grey"

@@ -275,6 +275,11 @@ def test_token_files_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
             "more fields than the header; put captions with a ','",
         ),
         ("a.tsv", 'file_name\tcaption\tsplit\na\t"b\tc\n', "cannot be read as a TSV in UTF-8"),
+        (
+            "a.tsv",
+            'file_name\tcaption\tsplit\na\tb\tc\nd\t"Hi" there\te\nf\t"Oh\tg\nh\ti "well" j\tk\n',
+            "a quote at the start of a cell in row 3 takes the rows after it into that cell, 'Oh",
+        ),
         ("a.parquet", "not that", "cannot be read as Parquet"),
         ("a.xlsx", "x", "is of no known format; known are .csv, .tsv"),
         ("train.json", "{", "cannot be read as JSON"),

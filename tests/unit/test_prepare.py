@@ -151,6 +151,9 @@ def test_cocos_own_split(coco: dict[str, Remote], tmp_path: Path) -> None:
     expected = [("train2017/a.jpg", "A a.", "train"), ("val2017/b.jpg", "A b.", "val")]
     assert rows(prepare_coco(tmp_path, split="2017", remotes=coco)) == expected
     assert not list(tmp_path.rglob("instances*"))
+    with pytest.raises(InputError, match=r"captions.parquet is there with other captions; rename it"):
+        prepare_coco(tmp_path, split="karpathy", remotes=coco)
+    assert rows(tmp_path / "captions.parquet") == expected
 
 
 def test_flickr8k(server: Server, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -322,6 +325,16 @@ def test_settings_can_be_mended_until_there_is_a_shard(
     assert len(pd.read_parquet(folder / "train.parquet")) == 38, "not the list of the call that was stopped"
     with pytest.raises(InputError, match=r"holds shards of .*\"limit\": 40.* asked for now; name another"):
         prepare_conceptual(folder, "cc12m", tsv=tsv, img2dataset=img2dataset)
+
+
+def test_tables_of_ones_own_are_not_taken_for_lists(img2dataset: Path, tmp_path: Path) -> None:
+    tsv, own = tmp_path / "list.tsv", tmp_path / "cc" / "val.parquet"
+    tsv.write_text(lines(0, 60))
+    own.parent.mkdir()
+    own.write_bytes(b"mine")
+    with pytest.raises(InputError, match=rf"{own} is not of this command; name another folder with --dir"):
+        prepare_conceptual(own.parent, "cc12m", tsv=tsv, img2dataset=img2dataset)
+    assert own.read_bytes() == b"mine"
 
 
 def interrupt(*_: object) -> None:

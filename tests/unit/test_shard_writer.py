@@ -278,6 +278,22 @@ def test_the_command_writes_a_folder_a_split_and_says_how_to_train(
     assert found == {"train/00000.tar", "train/00001.tar", "val/00000.tar", "test/00000.tar"}
 
 
+def test_the_command_leaves_out_what_is_in_quarantine_and_tells(
+    colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quarantine = colour_table / "captions.quarantine.csv"
+    quarantine.write_text("image,reason\ntrain_3.jpg,the same as test_0.jpg in test\n")
+    assert run(colour_table, tmp_path / "out") == 0
+    out = capsys.readouterr().out
+    assert f"train: 1 pictures in {quarantine} are left out" in out
+    assert "train: 7 pictures" in out
+    quarantine.write_text("image,reason\n" + "".join(f"train_{n}.jpg,missing\n" for n in range(8)))
+    assert run(colour_table, tmp_path / "others") == 1
+    assert (
+        f"error: {quarantine} leaves out all pictures of train; mend or remove it" in capsys.readouterr().err
+    )
+
+
 def test_the_command_takes_one_split_and_other_columns(colour_table: Path, tmp_path: Path) -> None:
     rows = pd.read_csv(colour_table / "captions.csv")
     rows.columns = ["picture", "text", "part"]

@@ -141,6 +141,8 @@ def _is_path(value: Any) -> bool:
 
 TEXT = Kind("text; a number as text in inner quotes: \"'5'\"", lambda value: isinstance(value, str))
 NAME = Kind("a name", lambda value: isinstance(value, str | int | float) and not isinstance(value, bool))
-PATH = Kind("a path, each of its names of at most 255 bytes", _is_path)
+PATH = Kind(
+    "a path, each of its names of at most 255 bytes; a number as a path in inner quotes: \"'5'\"", _is_path
+)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 SETTINGS = Kind("a mapping of settings", lambda value: isinstance(value, dict))

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from PIL import Image
 from rich.console import Console
 from rich.progress import track
@@ -22,6 +21,7 @@ from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.table import CaptionTable, read_table
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
@@ -38,8 +38,8 @@ class CSVDataModule(CaptionDataModule):
         allow_absolute: whether they may lie outside it.
         image_column, caption_column, split_column: names of its columns; None for no captions.
         train_split, val_split, test_split: its names of the splits.
-        quarantine: a CSV of pictures to leave out, as the doctor writes it; None takes ``<table>.quarantine.csv``
-            where that is there.
+        quarantine: a CSV of pictures to leave out, as the doctor writes it; None takes ``<table>.quarantine.csv``, of
+            each table, where that is there.
         check_images: decode every picture once before training.
         require_captions: False: pictures without captions stay, for captioning alone.
         common: the arguments of `CaptionDataModule`.
@@ -79,7 +79,7 @@ class CSVDataModule(CaptionDataModule):
         }
         self.split_names = {"train": train_split, "val": val_split, "test": test_split}
         self.quarantine = Path(quarantine).expanduser() if quarantine is not None else None
-        self.quarantined = 0
+        self.quarantined: Counter[str] = Counter()  # pictures, by the list that leaves them out
         self._splits: dict[str, CaptionTable] = {}
         self._learned: CaptionTable | None = None  # of the prepared training split
         self._rows: dict[str, SharedRows] = {}
@@ -103,8 +103,12 @@ class CSVDataModule(CaptionDataModule):
                 if name in self.split_names
                 else "split=NAME"
             )
+            if self.quarantined:
+                lists = ", ".join(f"{file} ({count:,} pictures)" for file, count in self.quarantined.items())
+                choose = f"mend or remove {lists}, whose pictures are left out; {choose}"
             raise InputError(
-                f"{setting}: {self.table} has no picture in that split; it has {sizes}: {choose} chooses one of these"
+                f"{setting}: {self.table} has no picture in that split; it has {sizes or 'none'}: {choose} chooses one "
+                "of these"
             )
         return self._splits[in_table]
 
@@ -121,26 +125,14 @@ class CSVDataModule(CaptionDataModule):
         for empty in empties:
             self.bad_samples.total += 1
             self.bad_samples.add(f"row {empty.row} of {self.table}, {empty.image_id}", "empty caption")
-        left_out = self._read_quarantine()
         for split, table in tables.items():
-            kept = table.without(left_out) if left_out else table
-            self.quarantined += len(table) - len(kept)
+            file = self.quarantine or own_quarantine(self.table, split)
+            kept = table.without(read_quarantine(file)) if file else table
+            if len(kept) < len(table):
+                self.quarantined[f"{file}"] += len(table) - len(kept)
             if len(kept):
                 self._splits[split] = kept
         self.bad_samples.check()
-
-    def _read_quarantine(self) -> set[str]:
-        file = self.quarantine
-        if file is None:
-            if not isinstance(self.table, Path):
-                return set()
-            file = self.table.with_suffix(".quarantine.csv")
-            if not file.is_file():
-                return set()
-        try:
-            return set(pd.read_csv(file, dtype=str, keep_default_na=False)["image"])
-        except (OSError, ValueError, KeyError) as error:
-            raise InputError(f"data.quarantine={file} is no CSV with a column image: {error}") from error
 
     def in_training(self, split: str) -> CaptionTable:
         """A split as a training has it: once prepared, ``train`` holds only what is learned, all others are whole."""
@@ -222,7 +214,7 @@ class CSVDataModule(CaptionDataModule):
     def notes(self) -> list[str]:
         lines = super().notes()
         if self.quarantined:
-            lines.append(f"{self.quarantined:,} pictures are in quarantine and left out")
+            lines.append(f"{self.quarantined.total():,} pictures are in quarantine and left out")
         if self._features:
             lines.append(
                 "training reads cached features of central crops: data.crop_scale, crop_ratio and scaled_decoding "

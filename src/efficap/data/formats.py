@@ -113,6 +113,8 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
     if rows.empty:
         raise InputError(f"{setting} has a header but no rows")
     rows = pd.DataFrame({role: rows[column] for role, column in columns.items()})
+    if kind == "TSV":
+        _check_quotes(setting, rows)
     if "caption" not in columns:
         return _without_captions(rows)
     lists = {row: _listed(setting, row, cell) for row, cell in _list_like(rows["caption"])}
@@ -120,6 +122,18 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
         return rows
     captions = [lists.get(row, [cell]) for row, cell in enumerate(rows["caption"])]
     return _exploded(rows, captions)
+
+
+def _check_quotes(setting: str, rows: pd.DataFrame) -> None:
+    """Refuse a TSV of which a quote that begins a caption takes rows below it into one cell, up to another quote."""
+    for column in rows:
+        swallowed = rows[column].str.contains(r"\t[^\n]*\n|\n[^\n]*\t").to_numpy().nonzero()[0]
+        if len(swallowed):
+            row = int(swallowed[0])
+            raise InputError(
+                f"{setting}: a quote at the start of a cell in row {row + 1} takes the rows after it into that cell, "
+                f"{rows[column].iloc[row][:60]!r} …; put cells that have quotes in quotes, and double those within"
+            )
 
 
 def _check_columns(setting: str, columns: dict[str, str], present: list[str]) -> None:

@@ -8,11 +8,7 @@ from pathlib import Path
 
 from efficap.data.doctor.examination import Examination
 from efficap.data.doctor.files import write_whole
-
-
-def quarantine_file(table: Path) -> Path:
-    """Where the list of a table lies: ``captions.csv`` has ``captions.quarantine.csv``."""
-    return table.with_name(f"{table.stem}.quarantine.csv")
+from efficap.data.quarantine import quarantine_file
 
 
 def write_quarantine(table: Path, rows: list[tuple[str, str]]) -> Path | None:

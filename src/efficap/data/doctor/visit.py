@@ -133,5 +133,5 @@ def _what_next(options: argparse.Namespace, diagnosis: Diagnosis, out: Path) -> 
 
 def _setting(name: str, value: object) -> str:
     """As the shell takes it, and Hydra after it."""
-    plain = re.fullmatch(r"[\w./-]+", str(value)) is not None
+    plain = re.fullmatch(r"[\w./-]+", str(value), re.ASCII) is not None
     return f"{name}={value}" if plain else shlex.quote(f'{name}="{value}"')

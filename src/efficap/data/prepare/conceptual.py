@@ -131,7 +131,7 @@ def _keep_record(folder: Path, record: Mapping[str, object]) -> None:
     """Write down the settings, for complete shards are kept by later calls; before there is one, they can change.
 
     Raises:
-        InputError: the folder holds shards of other settings.
+        InputError: the folder holds shards of other settings, or tables that are not this command's.
     """
     file = folder / "prepared.json"  # not beside the shards, where img2dataset takes any JSON for its own
     found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
@@ -143,6 +143,8 @@ def _keep_record(folder: Path, record: Mapping[str, object]) -> None:
             "name another folder with --dir, or delete this one"
         )
     for list_file in _list_files(folder).values():  # first: they may be of the other settings
+        if found is None and list_file.is_file():
+            raise InputError(f"{list_file} is not of this command; name another folder with --dir")
         list_file.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.name}.part")

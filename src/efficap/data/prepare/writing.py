@@ -64,7 +64,7 @@ def write_captions(rows: pd.DataFrame, folder: Path, image_dir: Path) -> Path:
     """Write ``captions.parquet`` with the columns ``file_name``, ``caption`` and ``split``; print counts and command.
 
     Raises:
-        InputError: a picture is not there.
+        InputError: a picture is not there, or the table is, with other captions.
     """
     lacking = lacking_pictures(rows, image_dir)
     if lacking:
@@ -73,11 +73,16 @@ def write_captions(rows: pd.DataFrame, folder: Path, image_dir: Path) -> Path:
             f"is {lacking[0]}"
         )
     table = folder / "captions.parquet"
+    rows = rows.rename(columns={"image": "file_name"}).reset_index(drop=True)
+    if table.is_file() and pd.read_parquet(table).to_dict("list") != rows.to_dict("list"):
+        raise InputError(
+            f"{table} is there with other captions; rename it, or name another folder with --dir"
+        )
     partial = table.with_name(f"{table.name}.part")
-    rows.rename(columns={"image": "file_name"}).to_parquet(partial, index=False)
+    rows.to_parquet(partial, index=False)
     os.replace(partial, table)
     for split, part in rows.groupby("split", sort=False):
-        print(f"{split:<6}{part['image'].nunique():>9,} pictures {len(part):>10,} captions")
+        print(f"{split:<6}{part['file_name'].nunique():>9,} pictures {len(part):>10,} captions")
     print(f"Train with:\n{training_command('csv', table=table, image_dir=image_dir)}")
     return table
 

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from efficap.data.prepare.writing import training_command
+from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.shards.writer import ShardSettings, write_shards
-from efficap.data.table import read_table
+from efficap.data.table import CaptionTable, read_table
 from efficap.errors import InputError
 from efficap.picture_files import MAX_PIXELS
 
@@ -32,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             image_column=options.image_column,
             caption_column=options.caption_column,
             split_column=options.split_column,
+            allow_absolute=options.allow_absolute,
         )
         splits = list(dict.fromkeys(options.split or tables))
         for split in splits:
@@ -43,6 +45,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     f"{options.table} has a split {split!r}, which is no name of a folder; rename it there, or choose "
                     "others with --split"
                 )
+        for split in splits:
+            if quarantine := own_quarantine(options.table, split):
+                tables[split] = _without(tables[split], quarantine)
         for split in splits:
             outcome = write_shards(tables[split], options.out_dir / split, settings, options.workers)
             others = ", ".join(
@@ -56,6 +61,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _without(table: CaptionTable, quarantine: Path) -> CaptionTable:
+    """A table without the pictures in its quarantine, which is told."""
+    kept = table.without(read_quarantine(quarantine))
+    if not len(kept):
+        raise InputError(f"{quarantine} leaves out all pictures of {table.split}; mend or remove it")
+    if len(kept) < len(table):
+        print(f"{table.split}: {len(table) - len(kept):,} pictures in {quarantine} are left out")
+    return kept
 
 
 def _next_step(out_dir: Path, splits: Sequence[str]) -> str:
@@ -80,6 +95,11 @@ def _parser() -> argparse.ArgumentParser:
         "table", type=Path, help="CSV, TSV, Parquet, COCO's or Karpathy's JSON, or Flickr's token file"
     )
     parser.add_argument("image_dir", type=Path, help="what its picture names are relative to")
+    parser.add_argument(
+        "--allow-absolute",
+        action="store_true",
+        help="pictures may lie outside of it, as data.allow_absolute says",
+    )
     parser.add_argument("out_dir", type=Path, help="gets OUT_DIR/<split>/00000.tar and so on")
     parser.add_argument("--split", action="append", help="only this one; may be given several times")
     parser.add_argument(
