@@ -125,7 +125,7 @@ def test_captions_are_the_cpus(settings: dict[str, object], is_compiled: bool) -
     found = []
     with torch.inference_mode():
         for model, images in ((on_cpu, batch.images), (on_gpu, batch.images.cuda())):
-            state = model.start(images, decoding.max_tokens)
+            state = model.start(images, decoding.max_tokens, decoding.rows)
             found.append(decoding.decode(state, batch.image_ids, bos_id=0, eos_id=1, device=images.device))
     assert torch.equal(found[1].tokens.cpu(), found[0].tokens)
     torch.testing.assert_close(found[1].scores.cpu(), found[0].scores, rtol=1e-3, atol=1e-3)

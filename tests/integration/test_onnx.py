@@ -200,7 +200,7 @@ def test_an_export_that_says_something_else_is_not_kept(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     take = OnnxCaptioner.start
-    monkeypatch.setattr(OnnxCaptioner, "start", lambda self, images, most: take(self, images.flip(0), most))
+    monkeypatch.setattr(OnnxCaptioner, "start", lambda self, images, *rest: take(self, images.flip(0), *rest))
     error = refused("--format=onnx")
     assert "does not reproduce the run: captions equal to the run's, greedy: " in error
     assert error.endswith("; nothing is written\n")
