@@ -79,10 +79,8 @@ class ResumePoint(Callback):
         self._is_written = False  # and not yet in its place
         self._last_is_whole = False  # known to be, as this process wrote it
         self._validation_due = False  # the checkpoint was written before a validation, which is still to come
-        self._interval: float | None = (
-            None  # between validations, in seconds, while the last one is made up for
-        )
-        self._is_over = False  # but for that validation
+        self._is_over = False  # training is, but for a validation: Lightning's interval is put aside
+        self._interval: float | None = None  # that one
 
     def state_dict(self) -> dict[str, Any]:
         return {"validation_due": self._validation_due}

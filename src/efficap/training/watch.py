@@ -68,12 +68,12 @@ class Watched:
         progress = self.curve("train/progress")
         seconds = self.curve("train/pairs") / self.curve("train/pairs_per_second")
         share, since, begun = self.last("train/progress"), self.seconds, 0.0
+        if share is None or since is None:
+            return None
         falls = progress.index[progress.diff() < 0]  # a stage began, or the training was prolonged
-        if share and since is not None and len(falls):
+        if len(falls):
             begun, since = float(progress[falls[-1]]), since - float(seconds[falls[-1]])
-        return (
-            since * (1 - share) / (share - begun) if share and share > begun and since is not None else None
-        )
+        return since * (1 - share) / (share - begun) if share > begun else None
 
 
 def read_run(path: Path, before: Watched | None = None) -> Watched:
