@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,19 @@ def from_run(start: tuple[Path, Path], out: Path, *overrides: str) -> list[str]:
     folder, run = start
     data = [o for o in tiny_overrides(folder, out) if not o.startswith("model")]
     return [*data, f"init_from={run}", *overrides]
+
+
+def test_a_run_that_starts_from_another_is_named_after_its_model(
+    start: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Not after the model that the command line would choose by itself."""
+    before = shutil.copytree(start[1], tmp_path / "before")
+    config = yaml.safe_load((before / "config.yaml").read_text())
+    (before / "config.yaml").write_text(yaml.safe_dump({**config, "name": "small-csv"}))
+    for init_from, name in ((before, "small-demo"), (tmp_path / "none", "tiny-demo")):
+        shown = Started("train.py", f"init_from={init_from}", "--cfg", "job", "--resolve")
+        assert shown.wait(120) == 0, shown.errors
+        assert yaml.safe_load(shown.printed)["name"] == name
 
 
 @pytest.mark.parametrize("baseline", ["leave_one_out", "greedy"])
