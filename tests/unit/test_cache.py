@@ -36,7 +36,7 @@ def random_parents(images: int, before: int, after: int) -> Tensor:
 def fixed(decoder: GPT2, memory: Tensor, max_tokens: int) -> FixedDecodingState:
     """The pictures and two more that fill the batch up."""
     filled = torch.cat((memory, torch.zeros(2, *memory.shape[1:], dtype=memory.dtype)))
-    return FixedDecodingState(decoder, filled, max_tokens, len(memory), decoder.step)
+    return FixedDecodingState(decoder, filled, max_tokens, len(memory), decoder.step, rows=1)
 
 
 @pytest.mark.parametrize("start", [DecodingState, fixed])
@@ -100,7 +100,7 @@ def test_decoding_compiles_one_step_for_all_lengths_and_batches(
     for memory in (pair.memory, pair.memory[:4]):
         expected = run(decoding, DecodingState(pair.ours, memory, decoding.max_tokens), ids(len(memory)))
         state = FixedDecodingState(
-            pair.ours, pair.memory, decoding.max_tokens, len(memory), step, rows=decoding.rows
+            pair.ours, pair.memory, decoding.max_tokens, len(memory), step, decoding.rows
         )
         with monkeypatch.context() as patch:
             uncompiled: list[Tensor] = []

@@ -47,8 +47,8 @@ def check_record(folder: Path, record: dict[str, Any]) -> None:
     file = folder / RECORD
     if not file.is_file():
         return
-    once = {"precision": "float32", "attention": {}}  # all that there was
-    once["weights"] = record["weights"]  # whose they are was not written down
+    # Of earlier versions: all that there was, and of the weights nothing that was written down.
+    once = {"precision": "float32", "attention": {}, "weights": record["weights"]}
     found = {**once, **json.loads(file.read_text(encoding="utf-8"))}
     differs = [key for key in record if found.get(key) != record[key]]
     if differs:

@@ -11,6 +11,7 @@ from rich.table import Table
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.said import is_said, said_settings
 from efficap.errors import InputError
+from efficap.evaluation.compare.groups import data_choice
 from efficap.models.build import output_stride
 from efficap.models.captioner import CaptionModel
 from efficap.models.transfer import Transfer, transfer_weights
@@ -36,8 +37,7 @@ def model_name(choice: str, init_from: str) -> str:
         config = RunDirectory(init_from, "init_from").config
     except InputError:
         return choice  # the training tells
-    data = str(config["data"].get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
-    return str(config["name"]).removesuffix(f"-{data[2]}" if len(data) > 3 else "")
+    return str(config["name"]).removesuffix(f"-{data_choice(config['data'])}")
 
 
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:

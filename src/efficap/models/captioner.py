@@ -131,13 +131,11 @@ class CaptionModel(nn.Module):
         weights = self.decoder.cross_attention(tokens.flatten(0, 1), memory).unflatten(0, tokens.shape[:2])
         return weights @ self.bridge.rollout(features)[:, None, None, None] if rollout else weights
 
-    def start(
-        self, images: Tensor, max_tokens: int, rows: int | None = None
-    ) -> DecodingState | FixedDecodingState:
+    def start(self, images: Tensor, max_tokens: int, rows: int = 1) -> DecodingState | FixedDecodingState:
         """Encode (B, 3, H, W) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
 
         Args:
-            rows: of a picture after the prompt, beams or samples; the compiled step counts on them.
+            rows: of a picture after the prompt, beams or samples: the compiled step is for so many.
 
         Raises:
             InputError: the decoder has no positions for that many.
@@ -153,9 +151,7 @@ class CaptionModel(nn.Module):
         filled = images.new_zeros(self._pictures, *images.shape[1:])
         filled[: len(images)] = images
         memory = self.encode(filled)
-        return FixedDecodingState(
-            self.decoder, memory, max_tokens, len(images), self._compiled_step, rows=rows
-        )
+        return FixedDecodingState(self.decoder, memory, max_tokens, len(images), self._compiled_step, rows)
 
     def fill_up_to(self, pictures: int) -> None:
         """From now on fill up a batch that is decoded through torch.compile to so many: memory had no room for more."""
@@ -189,7 +185,7 @@ class FixedDecodingState:
     Args:
         memory: (B, N, D), of which only the first `pictures` are asked for.
         step: compiled from the decoder's, for all steps with as many rows of a picture as come after the prompt.
-        rows: how many these are; None: they are known once they follow others.
+        rows: how many these are.
     """
 
     def __init__(
@@ -199,8 +195,7 @@ class FixedDecodingState:
         max_tokens: int,
         pictures: int,
         step: Callable[[Tensor, DecodingCache], Tensor],
-        *,
-        rows: int | None = None,
+        rows: int,
     ) -> None:
         self.decoder, self.step, self.rows = decoder, step, rows
         self.memory = memory[:pictures]
@@ -217,7 +212,6 @@ class FixedDecodingState:
         of_open = ids.view(len(self.open), -1)  # (B', G)
         shape = len(self.cache.memory[0][0]), of_open.shape[1]  # B, G
         if parents is not None:
-            self.rows = shape[1]
             own = parents.new_zeros(shape)  # rows of pictures that are done may follow any
             own[self.open] = parents.view_as(of_open) % self.cache.rows
             self.cache.follow(own.flatten(), None)

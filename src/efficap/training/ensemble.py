@@ -48,7 +48,7 @@ class Ensemble:
         """All forms of a batch, (B, 3, side, side) uint8 each, in one (B, P), so that a batch can be cut."""
         return torch.cat([images.flatten(1) for images in forms], dim=1)  # (B, P)
 
-    def start(self, images: Tensor, max_tokens: int, rows: int | None = None) -> AveragedStep:
+    def start(self, images: Tensor, max_tokens: int, rows: int = 1) -> AveragedStep:
         """Encode packed (B, P) pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
 
         Args:

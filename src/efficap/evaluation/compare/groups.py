@@ -99,10 +99,15 @@ def _differences(settings: dict[str, str], namesakes: Sequence[dict[str, str]]) 
     return "".join(f" {part}" for part in parts[:_NAMED]) + (" …" if len(parts) > _NAMED else "")
 
 
+def data_choice(settings: dict[str, Any]) -> str:
+    """What was chosen as ``data``, such as ``csv``, of its settings; ``?`` where that is a class of the user's own."""
+    parts = str(settings.get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
+    return parts[2] if len(parts) > 3 else "?"
+
+
 def _data(settings: dict[str, Any]) -> tuple[str, str]:
     """The choice of a data set, as ``csv``, and words for it, as ``flickr8k/captions.csv``."""
-    parts = str(settings.get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
-    choice = parts[2] if len(parts) > 3 else "?"
+    choice = data_choice(settings)
     if "sources" in settings:
         return choice, " + ".join(_data(source)[1] for source in settings["sources"].values())
     place = settings.get("shards") or settings.get("table")

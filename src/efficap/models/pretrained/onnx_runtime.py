@@ -52,7 +52,7 @@ class OnnxCaptioner:
                 f"{vocab_size}; export the run again"
             )
 
-    def start(self, images: Tensor, max_tokens: int, rows: int | None = None) -> OnnxDecodingState:
+    def start(self, images: Tensor, max_tokens: int, rows: int = 1) -> OnnxDecodingState:
         """Encode (B, 3, H, W) uint8 pictures for decoding captions of up to `max_tokens`, BOS and EOS counted.
 
         Args:
