@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 from pathlib import Path
@@ -69,11 +68,20 @@ class RunDirectory:
         return CaptionTokenizer.load(self.path / TOKENIZER_DIR)
 
     def weights_digest(self) -> str:
-        """SHA-256 of the weights, or of an export's graphs; of nothing where there are none yet."""
+        """SHA-256 of the weights, or of an export's graphs; of nothing where there are none yet.
+
+        Raises:
+            InputError: they cannot be read.
+        """
         digest = hashlib.sha256()
         for file in sorted(self.path.glob("*.onnx")) if self.export else [self.path / WEIGHTS_FILE]:
-            with contextlib.suppress(FileNotFoundError), file.open("rb") as opened:
-                digest.update(hashlib.file_digest(opened, "sha256").digest())
+            try:
+                with file.open("rb") as opened:
+                    digest.update(hashlib.file_digest(opened, "sha256").digest())
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise InputError(f"{file} cannot be read: {error.strerror}") from error
         return digest.hexdigest()
 
     def placement(self, accelerator: str, precision: str | None) -> tuple[torch.device, torch.dtype]:
