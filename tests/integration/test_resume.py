@@ -234,6 +234,95 @@ def test_a_training_by_steps_that_is_stopped_in_its_last_validation_has_that_alo
     assert_equal_runs(run, whole)
 
 
+MID_EPOCH = [
+    "trainer.check_val_every_n_epoch=null",
+    "trainer.val_check_interval=3",
+    "checkpoint.every_steps=1",
+]
+
+
+def test_a_training_stopped_twice_in_a_validation_amid_an_epoch_goes_on_where_that_came(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *CHANCE, *MID_EPOCH))
+    run = tmp_path / "run"
+    for after, command in (
+        (2, compose("train", *tiny_overrides(folder, run), *CHANCE, *MID_EPOCH)),
+        (0, None),
+    ):
+        with monkeypatch.context() as patch:
+            die_at(patch, "validation_step", after, terminate)
+            with pytest.raises(SystemExit):
+                train(command or going_on(run))
+        assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == 6
+    train(going_on(run))
+    assert_equal_runs(run, whole)
+
+
+@pytest.mark.parametrize(("every", "how", "step"), [(1, kill, 1), (1, terminate, 1), (9, terminate, 2)])
+def test_a_validation_amid_the_batches_of_a_step_keeps_no_half_of_it(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    every: int,
+    how: Callable[[], None],
+    step: int,
+) -> None:
+    command = [*CHANCE, *MID_EPOCH, "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    command += [f"checkpoint.every_steps={every}"]
+    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *command))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "validation_step", 1, how)  # after three batches
+        with pytest.raises(KilledError if how is kill else SystemExit):
+            train(compose("train", *tiny_overrides(folder, run), *command))
+    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == step
+    train(going_on(run))
+    assert_equal_runs(run, whole)
+
+
+def test_a_validation_by_the_clock_that_was_broken_off_is_made_up(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, clock = (
+        tmp_path / "run",
+        ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=00:00:00:05"],
+    )
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 5, lambda: time.sleep(6))
+        die_at(patch, "validation_step", 0, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, *clock))
+    steps = read_checkpoint(run / "checkpoints" / LAST)["global_step"]
+    train(going_on(run, "trainer.val_check_interval=00:01:00:00"))
+    scored = pd.read_csv(run / "metrics.csv").dropna(subset="val/loss")
+    assert steps - 1 in scored["step"].tolist()
+
+
+def test_a_training_that_begins_where_another_lies_is_refused_and_changes_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    config = (run / "config.yaml").read_bytes()
+    for resume in ("null", "auto"):
+        with pytest.raises(InputError, match=r"holds another training; resume=.* goes on with it"):
+            train(compose("train", *tiny_overrides(folder, run), "seed=1", f"resume={resume}"))
+    assert (run / "config.yaml").read_bytes() == config
+    assert checkpoint_of(run)
+
+
+def test_a_link_to_the_latest_run_is_no_start_where_the_training_would_move_it(
+    folder: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    latest = tmp_path / "outputs/latest"
+    latest.parent.mkdir()
+    latest.symlink_to(undisturbed)
+    beside = [*tiny_overrides(folder, tmp_path / "outputs/x"), f"init_from={latest}"]
+    with pytest.raises(InputError, match=f"leads to the latest run.*: init_from={undisturbed}"):
+        resolved_settings(compose("train", *beside, "resume=auto"))
+    assert resolved_settings(compose("train", *beside))[0]["init_from"] == str(undisturbed)
+
+
 def test_a_training_whose_weights_could_not_be_written_is_not_finished(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -415,6 +415,12 @@ def test_a_missing_column_names_those_that_there_are(colour_table: Path) -> None
         )
 
 
+def test_pictures_without_captions_are_for_captioning_alone(colour_table: Path) -> None:
+    with pytest.raises(InputError, match=r"data.require_captions=false is for captioning alone"):
+        data_module(colour_table, "data.require_captions=false")
+    data_module(colour_table, "data.require_captions=false", splits=("train",))
+
+
 def test_a_missing_table_or_folder_is_named(colour_table: Path) -> None:
     with pytest.raises(InputError, match=r"data.table=.*none.csv does not exist"):
         read_table(colour_table / "none.csv", colour_table, **COLUMNS)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,20 @@ def test_a_forked_process_reads_by_itself() -> None:
     if not child:
         os._exit(within(5, lambda: 7))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+
+def test_a_thread_that_ends_leaves_no_reader_of_its_own() -> None:
+    def readers() -> int:
+        return sum(thread.name == "efficap-reader" for thread in threading.enumerate())
+
+    before = readers()
+    for _ in range(3):
+        with ThreadPoolExecutor(4) as pool:
+            assert list(pool.map(lambda n: within(5, lambda: n), range(16))) == list(range(16))
+    until = time.monotonic() + 10
+    while readers() > before and time.monotonic() < until:
+        time.sleep(0.01)
+    assert readers() <= before
 
 
 def test_pipes_and_devices_are_no_pictures_and_are_not_opened(tmp_path: Path) -> None:

@@ -182,6 +182,18 @@ def test_a_curve_goes_through_its_values() -> None:
     assert np.abs(np.array(columns) - expected).max() <= 0.6
 
 
+def test_values_that_are_not_finite_are_left_out_of_a_curve() -> None:
+    values = pd.Series([2.0, np.inf, 1.0, -np.inf, np.nan], index=range(5))
+    finite = pd.Series([2.0, 1.0], index=[0, 2])
+    drawn, expected = (plot([Curve(v, "red")], 30, 5, last_step=4).plain for v in (values, finite))
+    assert drawn == expected
+
+
+def test_a_time_between_looks_that_is_none_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(run), "--every", "0"]) == 1
+    assert capsys.readouterr().err == "error: --every 0 must be above 0 seconds\n"
+
+
 def test_nothing_and_a_single_value_are_plotted_too() -> None:
     assert plot([Curve(pd.Series(dtype=float), "red")], 30, 5, last_step=0).plain == "nothing yet"
     assert plot([Curve(pd.Series([3.0], index=[0]), "red")], 30, 5, last_step=0).plain.count("\u2801") == 1

@@ -52,12 +52,13 @@ class CaptionData(ABC):
 
     def end(self) -> None:
         """It has ended; processes that load end with their loader."""
-        self._training = self._current_epoch = None
+        self._training = self._current_epoch = self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data, for its checkpoints."""
-        place = list(self._training.place) if self._training is not None else [0, 0]
-        return {"place": place, "processes": self.begun_by or world_size()}
+        # A validation may come before the first batch of a training that goes on: its place is still what was loaded.
+        place = self._resumed or (self._training.place if self._training is not None else (0, 0))
+        return {"place": list(place), "processes": self.begun_by or world_size()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; before a training begins."""

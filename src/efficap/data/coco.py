@@ -100,6 +100,8 @@ def _load(setting: str, file: Path) -> Any:
         return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise InputError(f"{setting} cannot be read as JSON in UTF-8: {error}") from error
+    except OSError as error:
+        raise InputError(f"{setting} cannot be read: {error.strerror}") from error
 
 
 def _is_coco(content: object) -> bool:

@@ -41,7 +41,7 @@ class CSVDataModule(CaptionDataModule):
         quarantine: a CSV of pictures to leave out, as the doctor writes it; None takes ``<table>.quarantine.csv``, of
             each table, where that is there.
         check_images: decode every picture once before training.
-        require_captions: False: pictures without captions stay, for captioning alone.
+        require_captions: False: pictures without captions stay, for captioning alone; not in training.
         common: the arguments of `CaptionDataModule`.
     """
 
@@ -146,6 +146,11 @@ class CSVDataModule(CaptionDataModule):
         return len(self.in_training("train"))
 
     def _prepare_splits(self, splits: list[str]) -> None:
+        if not self.require_captions and "train" in splits and len(splits) > 1:
+            raise InputError(
+                "data.require_captions=false is for captioning alone: training and validation need captions; leave it "
+                "out, and pictures without are left out (data.max_bad_fraction says how many at most)"
+            )
         for name in splits:
             table = self.split(name)
             if self.check:

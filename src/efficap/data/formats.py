@@ -106,7 +106,7 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
         raise InputError(
             f"{setting}: rows have more fields than the header; put captions with a {separator!r} in quotes"
         ) from error
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv.Error) as error:
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError, csv.Error, OSError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{setting} cannot be read as a {kind} in UTF-8: {reason}") from error
     _check_columns(setting, columns, list(map(str, rows.columns)))
@@ -239,6 +239,8 @@ def _read_tokens(setting: str, file: Path, split: str | None) -> list[CaptionRow
         split_of = _split_lists(setting, file.parent) if split is None else None
     except UnicodeDecodeError as error:
         raise InputError(f"{setting} or a list beside it is not in UTF-8: {error}") from error
+    except OSError as error:
+        raise InputError(f"{setting} or a list beside it cannot be read: {error}") from error
     find: Callable[[str], str | None] = (lambda _: split) if split_of is None else _finder(split_of)
     rows, pictures = [], set()
     for number, line in enumerate(lines, start=1):

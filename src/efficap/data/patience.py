@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
+_Job = tuple[Callable[..., Any], tuple[Any, ...]]
+_Outcome = tuple[Any, BaseException | None]
 
 _idle = threading.local()  # a thread of its own for each that reads
 
@@ -45,15 +47,22 @@ def within(seconds: float | None, function: Callable[..., Result], *arguments: A
 
 class _Reader:
     def __init__(self) -> None:
-        self.jobs: queue.SimpleQueue[tuple[Callable[..., Any], tuple[Any, ...]]] = queue.SimpleQueue()
-        self.results: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self._work, name="efficap-reader", daemon=True)
+        self.jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()  # None: no more of them
+        self.results: queue.SimpleQueue[_Outcome] = queue.SimpleQueue()
+        # It holds the queues, and not this object, which goes with the thread that reads: then its own ends, too.
+        self.thread = threading.Thread(
+            target=_work, args=(self.jobs, self.results), name="efficap-reader", daemon=True
+        )
         self.thread.start()
 
-    def _work(self) -> None:
-        while True:
-            function, arguments = self.jobs.get()
-            try:
-                self.results.put((function(*arguments), None))
-            except BaseException as error:
-                self.results.put((None, error))
+    def __del__(self) -> None:
+        self.jobs.put(None)
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None], results: queue.SimpleQueue[_Outcome]) -> None:
+    while (job := jobs.get()) is not None:
+        function, arguments = job
+        try:
+            results.put((function(*arguments), None))
+        except BaseException as error:
+            results.put((None, error))

@@ -16,8 +16,9 @@ _FINAL = ".!?…\u3002\uff01\uff1f"
 class CaptionText:
     """Cleans captions, and chooses those to learn from.
 
-    Cleaning: HTML entities become characters, then Unicode NFC, control and format characters and lone surrogates
-    go, any white space becomes one space. It comes before every tokenizer and scorer, in training and evaluation.
+    Cleaning: HTML entities become characters, then Unicode NFC, control characters, characters of no width (U+200B,
+    U+2060, U+FEFF) and lone surrogates go, any white space becomes one space. It comes before every tokenizer and
+    scorer, in training and evaluation.
     The filters choose among training captions alone: a reference stays a reference.
 
     Args:

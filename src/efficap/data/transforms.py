@@ -108,7 +108,9 @@ class TrainingTransform:
         scaled_decoding: bool,
     ) -> None:
         if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-            raise InputError(f"data.crop_scale={list(crop_scale)} must rise within 0 … 1; [1, 1] takes all")
+            raise InputError(
+                f"data.crop_scale={list(crop_scale)} must rise within 0 … 1; [1, 1]: as much as data.crop_ratio allows"
+            )
         if not 0 < crop_ratio[0] <= crop_ratio[1]:
             raise InputError(
                 f"data.crop_ratio={list(crop_ratio)} must rise and be positive; [1, 1] is square"

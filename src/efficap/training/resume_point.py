@@ -50,7 +50,8 @@ class Stopped(BaseException):
 class ResumePoint(Callback):
     """Writes ``checkpoints/last.ckpt`` now and then, before each validation, and when a signal asks training to end.
 
-    SIGTERM and Ctrl-C are heard between two steps, or two batches of a validation; a second one ends at once. Where one
+    SIGTERM and Ctrl-C are heard between two steps, or two batches of a validation; a second one ends at once. A
+    validation amid the batches whose gradients one step adds up has no checkpoint of its own. Where one
     of several processes hears it, all end after the same step. In a job of SLURM's SIGUSR1 is heard, too.
 
     Args:
@@ -79,6 +80,7 @@ class ResumePoint(Callback):
         self._is_written = False  # and not yet in its place
         self._last_is_whole = False  # known to be, as this process wrote it
         self._validation_due = False  # the checkpoint was written before a validation, which is still to come
+        self._may_stop = True  # in a validation: what was done until then is in the checkpoint
         self._is_over = False  # training is, but for a validation: Lightning's interval is put aside
         self._interval: float | None = None  # that one
 
@@ -115,8 +117,11 @@ class ResumePoint(Callback):
             validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
             validation.restarting = False
             self._validation_due = False
-        if self._is_over:  # Lightning validates before the next step where it is time to, and it is
             clock: Any = trainer
+            if clock._val_check_time_interval is not None:  # its time has come, whenever that was
+                clock._last_val_time = -math.inf
+        if self._is_over:  # Lightning validates before the next step where it is time to, and it is
+            clock = trainer
             self._interval, clock._val_check_time_interval = clock._val_check_time_interval, 0.0
             clock._last_val_time = -math.inf
 
@@ -167,14 +172,19 @@ class ResumePoint(Callback):
                 clock._val_check_time_interval = self._interval
                 trainer.fit_loop.epoch_loop.max_steps -= 1
                 self._is_over = False
-            self._validation_due = True
-            self._write(trainer)
-            self._validation_due = False
-            self._publish()
+            # No checkpoint has the gradients of a step of which batches are still to come.
+            amid = trainer.fit_loop._should_accumulate()
+            self._may_stop = not amid or trainer.global_step == self._saved_step
+            if not amid:
+                self._validation_due = True
+                self._write(trainer)
+                self._validation_due = False
+                self._publish()
 
     def on_validation_batch_end(self, *_: Any, **__: Any) -> None:
         self._agree()
-        self._stop_if_asked()
+        if self._may_stop:
+            self._stop_if_asked()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self.stage.is_last:

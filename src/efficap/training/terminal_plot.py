@@ -23,11 +23,12 @@ def plot(curves: Sequence[Curve], width: int, height: int, *, last_step: float) 
     """Curves over a common scale, whose least and largest value stand at the left.
 
     Args:
-        curves: the later ones lie over the earlier; empty ones are left out.
+        curves: the later ones lie over the earlier; empty ones are left out, and values that are not finite.
         width, height: letters.
         last_step: at the right edge.
     """
-    shown = [curve for curve in curves if len(curve.values)]
+    finite = [curve._replace(values=curve.values[np.isfinite(curve.values)]) for curve in curves]
+    shown = [curve for curve in finite if len(curve.values)]
     if not shown:
         return Text("nothing yet", style="dim")
     low = min(float(curve.values.min()) for curve in shown)

@@ -215,6 +215,8 @@ def main(arguments: list[str] | None = None) -> int:
     console = Console()
     path = options.run.expanduser().resolve()  # outputs/latest may move on to another run
     try:
+        if not options.every > 0:
+            raise InputError(f"--every {options.every:g} must be above 0 seconds")
         if options.once:
             console.print(screen(read_run(path), console.width, options.samples))
             return 0

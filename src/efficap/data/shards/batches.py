@@ -148,13 +148,19 @@ class ShardBatches:
                     continue
                 cut, encoded = self._cut(sample, time), self._encoded(sample)
             except Broken as error:
-                read.bad.append((self.reader.name(number), error.reason, error.detail))
+                read.bad.append((self._name(number), error.reason, error.detail))
                 continue
             read.samples.append(sample)
             read.cuts.append(cut)
             read.encoded.append(encoded)
             read.captions.append([np.array(caption, np.int32) for caption in ids])
         return read
+
+    def _name(self, number: int) -> str:
+        try:
+            return self.reader.name(number)
+        except Broken:  # its tar cannot be opened
+            return f"sample {number:,} of all"
 
     def _choose(self, sample: Sample, time: int) -> tuple[list[str], Counter[str]]:
         """The captions of a sample that come with it, and how many the text's filters leave out, by reason."""

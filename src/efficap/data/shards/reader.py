@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,8 @@ from efficap.data.shards.index import read_samples
 from efficap.data.shards.tar import BLOCK, SampleError, fingerprint
 from efficap.data.text import CaptionText
 from efficap.errors import InputError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,14 +138,23 @@ class ShardReader:
         with self._lock:
             shard = self._open.get(number)
             if shard is None:
-                shard = self._open[number] = _OpenShard(
-                    self.tars[number], self.index_dir, int(self.counts[number]), self.timeout
-                )
+                where = (self.tars[number], self.index_dir, int(self.counts[number]), self.timeout)
+                shard = self._open[number] = _answer(self.timeout, _OpenShard, *where)
                 if len(self._open) > self.most_open:
                     self._open.popitem(last=False)
             else:
                 self._open.move_to_end(number)
             return shard
+
+
+def _answer(timeout: float | None, function: Callable[..., Result], *arguments: Any) -> Result:
+    """What `function` returns of a disk; raises SampleError where that fails, or takes too long."""
+    try:
+        return within(timeout, function, *arguments)
+    except TooSlowError as error:
+        raise SampleError("too slow", str(error)) from None
+    except OSError as error:
+        raise SampleError("unreadable", error.strerror or str(error)) from error
 
 
 class _OpenShard:
@@ -181,10 +192,7 @@ class _OpenShard:
             raise SampleError("no caption", f"no .{'txt' if name == 'text' else name}")
         if not (offset >= BLOCK and 0 <= size <= self._size - offset):  # before there is memory for them
             raise SampleError("changed tar", "its index tells of more than it holds; remove the index")
-        try:
-            data = within(self._timeout, os.pread, self._file.fileno(), BLOCK + size, offset - BLOCK)
-        except TooSlowError as error:
-            raise SampleError("too slow", str(error)) from None
+        data = _answer(self._timeout, os.pread, self._file.fileno(), BLOCK + size, offset - BLOCK)
         unchanged = fingerprint(data[:BLOCK]) == self.number(f"{name}_header", row)
         if len(data) != BLOCK + size or not unchanged:
             raise SampleError("changed tar", "its index no longer fits; it is made anew at the next start")

@@ -118,7 +118,12 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
     }
     file = out_dir / RECORD
     if file.is_file():
-        found = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            found = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise InputError(
+                f"{file} is damaged ({error}); remove it with its folder, and start anew"
+            ) from error
         if found != record:
             raise InputError(
                 f"{out_dir} holds shards written with {json.dumps(found)}, and {json.dumps(record)} is asked for; "
@@ -127,7 +132,9 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
     elif any(out_dir.glob("*.tar")):
         raise InputError(f"{out_dir} holds tars of another origin; name a folder that is new or empty")
     else:
-        file.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        part = file.with_suffix(".part")
+        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
+        os.replace(part, file)
 
 
 def _digest(table: CaptionTable) -> str:
