@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
+from efficap.errors import InputError
 from efficap.launch import LostProcessError, launch
 
 T = TypeVar("T")
@@ -22,6 +23,7 @@ T = TypeVar("T")
 _STEP = datetime.timedelta(minutes=30)  # one that takes longer hangs
 _PREPARATION = datetime.timedelta(days=7)
 _store: Any = None  # where they leave each other notes; torch's types know no stores
+_is_apart = False
 
 
 def join(*, gpu: bool) -> None:
@@ -41,10 +43,31 @@ def join(*, gpu: bool) -> None:
         os.environ |= {"RANK": str(own.rank), "WORLD_SIZE": str(own.world)}  # as torchrun has them
         os.environ |= {"LOCAL_RANK": str(own.local_rank), "GROUP_RANK": str(own.rank // own.local_world)}
     if gpu:
-        torch.cuda.set_device(own.local_rank)
+        take_gpu()
     _store, rank, world = next(rendezvous("env://", timeout=_STEP))
     backend = "cpu:gloo,cuda:nccl" if gpu else "gloo"
     dist.init_process_group(backend, store=_store, rank=rank, world_size=world, timeout=_STEP)
+
+
+def take_gpu() -> None:
+    """Have the GPU of this process's number for one's own.
+
+    Raises:
+        InputError: there are more processes than GPUs.
+    """
+    own, gpus = launch(), torch.cuda.device_count()
+    if own.local_world > gpus:
+        raise InputError(
+            f"{own.by} started {own.local_world} processes on this machine, and each sees {gpus} GPUs; start one "
+            "for each GPU, and let all see all of them (no --gpus-per-task=1)"
+        )
+    torch.cuda.set_device(own.local_rank)
+
+
+def work_apart() -> None:
+    """From here on each process works by itself, and tells what it meets."""
+    global _is_apart
+    _is_apart = True
 
 
 def leave() -> None:
@@ -156,7 +179,7 @@ def losses_named() -> Iterator[None]:
 def is_first_to_say(text: str) -> bool:
     """Whether no other process has said this: of a mistake that all meet, one tells."""
     if _store is None:
-        return launch().rank == 0
+        return _is_apart or launch().rank == 0
     try:
         return _store.add(hashlib.sha256(text.encode()).hexdigest(), 1) == 1
     except RuntimeError:  # the process that kept it is gone

@@ -20,12 +20,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import compose, going_on, tiny_overrides, write_colour_table
+from conftest import compose, going_on, tiny_overrides, write_colour_table, write_random_run
 from test_resume import CHANCE, assert_equal_runs, die_at
 from torch.utils.data import DataLoader
 from wandb_files import OfflineRun, finished_run
 
 from efficap.commands import entry
+from efficap.commands.caption import caption
+from efficap.commands.evaluate import evaluate
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.placement import used_precision
 from efficap.commands.resume import with_settings_of
@@ -36,6 +38,7 @@ from efficap.data.pictures import MAX_PIXELS
 from efficap.data.shards.index import ensure_indexes
 from efficap.errors import InputError
 from efficap.training.checkpoints import LAST
+from efficap.training.writer import CaptionWriter
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -100,6 +103,41 @@ def test_a_folder_that_cannot_be_written_is_told_at_the_start(
     assert errors == (
         f"error: {place} cannot be written (Not a directory); hydra.run.dir=DIR takes another folder for the run\n"
     )
+
+
+def test_a_place_for_captions_that_cannot_be_written_is_told_before_the_model_is_loaded(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_random_run(folder.parent / "for_pictures")
+    monkeypatch.setattr(RunDirectory, "captioner", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "file.csv").touch()
+    for place in ("file.csv", "file.csv/below"):
+        settings = [f"run={run}", f"images={folder}/images", f"out={tmp_path / place}"]
+        with pytest.raises(
+            InputError, match=r"cannot be written \(Not a directory\); name another folder with out"
+        ):
+            caption(compose("caption", *settings))
+
+
+def test_results_that_cannot_be_written_beside_their_run_are_told_before_it_captions(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = write_random_run(folder.parent / "for_scores")
+    (run / "eval").touch()
+    monkeypatch.setattr(CaptionWriter, "write", lambda *_, **__: pytest.fail("it captioned"))
+    with pytest.raises(InputError, match=r"cannot be written .*: copy that to where you may write"):
+        evaluate(compose("eval", f"run={run}", "metrics=[]"))
+
+
+def test_a_link_to_the_latest_run_that_cannot_be_made_costs_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = tmp_path / "outputs"
+    (outputs / "latest/a folder of that name").mkdir(parents=True)
+    run = write_random_run(outputs / "run")
+    assert (run / "config.yaml").is_file()
+    assert f"{outputs}/latest cannot lead to {run}: " in capsys.readouterr().err
+    assert sorted(part.name for part in outputs.iterdir()) == ["latest", "run"]
 
 
 def test_a_read_only_disk_is_told_at_the_start(

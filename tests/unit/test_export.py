@@ -10,6 +10,7 @@ import torch
 from conftest import tiny_model
 from toys import GREEDY, GPT2Pair, captions, ids
 
+from efficap.commands.export import _published
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import build_model
@@ -136,6 +137,25 @@ def test_bad_input_ends_with_one_line(
     assert error.startswith(message)
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_appears_as_a_whole_in_a_directory_that_is_new_or_empty(
+    tmp_path: Path, there: bool
+) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    was = out.stat().st_ino if there else None
+    with _published(out) as directory:
+        (directory / "tokenizer").mkdir()
+        (directory / "config.json").touch()
+    assert sorted(part.name for part in out.iterdir()) == ["config.json", "tokenizer"]
+    assert was in (None, out.stat().st_ino), "where a disk may begin"
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileExistsError), _published(tmp_path / "other") as directory:
+        directory.mkdir()
+    assert not list((tmp_path / "other").iterdir())
 
 
 def test_a_directory_that_holds_something_is_not_written_to(

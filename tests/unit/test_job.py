@@ -18,6 +18,7 @@ from omegaconf import open_dict
 from efficap.commands.entry import CONF
 from efficap.commands.job import recorded
 from efficap.errors import InputError
+from efficap.training.progress import begun
 from efficap.training.resume_point import Stopped
 
 Begin = Callable[..., Path]
@@ -123,6 +124,22 @@ def test_a_job_that_another_process_runs_is_not_begun_again(begin: Begin) -> Non
     (folder / "job.json").write_text(json.dumps({**running, "pid": other.pid}))  # killed
     with recorded(folder):
         assert record(folder)["pid"] == os.getpid()
+
+
+def test_of_another_machines_job_the_lock_of_its_training_tells_whether_it_runs(begin: Begin) -> None:
+    folder = begin("seed=1")
+    with recorded(folder):
+        running = record(folder)
+    elsewhere = {**running, "host": f"not-{running['host']}", "pid": 1}
+    (folder / "job.json").write_text(json.dumps(elsewhere))
+    with (
+        begun(folder),
+        pytest.raises(InputError, match=r"process 1 of not-\S+ is training in it"),
+        recorded(folder),
+    ):
+        pytest.fail("it began")
+    with recorded(folder):  # that machine is gone
+        assert record(folder)["host"] == running["host"]
 
 
 def test_a_process_with_the_number_of_one_that_is_gone_is_not_taken_for_it(begin: Begin) -> None:

@@ -136,6 +136,15 @@ def test_a_setting_that_wandb_does_not_have_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("wandb_free")
+@pytest.mark.parametrize(
+    "setting", ["logger.mode=ofline", "+logger.settings.typo=1", "logger.project=me/captions"]
+)
+def test_a_value_that_wandb_refuses_is_told_in_its_words(tmp_path: Path, setting: str) -> None:
+    with pytest.raises(InputError, match=r"^logger.*(ofline|typo|me/captions)"):
+        log_run(tmp_path / "run", setting)
+
+
+@pytest.mark.usefixtures("wandb_free")
 def test_what_wandbs_agent_sets_does_not_hide_the_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -11,6 +11,7 @@ import torch
 from conftest import compose, tiny_model
 from torch import nn
 
+from efficap import ranks
 from efficap.commands import entry
 from efficap.commands.caption import caption
 from efficap.commands.processes import check_processes
@@ -109,6 +110,35 @@ def test_what_goes_together_is_let_through(
 ) -> None:
     started_by(monkeypatch, environment)
     check_processes(trainer(*overrides))
+
+
+def test_more_processes_than_gpus_are_refused_in_all_of_them_with_the_way_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local_rank in ("0", "3"):
+        started_by(monkeypatch, {**SRUN, "SLURM_LOCALID": local_rank})
+        with pytest.raises(
+            InputError, match=r"srun started 4 processes .* sees 2 GPUs; .*no --gpus-per-task=1"
+        ):
+            ranks.take_gpu()
+
+
+def test_a_process_that_works_apart_tells_its_own_mistakes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started_by(monkeypatch, TORCHRUN)
+    monkeypatch.setattr(sys, "argv", ["caption.py", "run=x", "images=x"])
+
+    def fail(_: object) -> None:
+        raise InputError("out of luck")
+
+    for apart, said in ((False, ""), (True, "error of rank 5: out of luck\n")):
+        monkeypatch.setattr(ranks, "_is_apart", apart)
+        monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+        with pytest.raises(SystemExit):
+            entry.run("caption", fail)
+        assert capsys.readouterr().err == said
 
 
 def test_a_sweep_is_not_led_by_several(

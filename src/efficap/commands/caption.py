@@ -31,6 +31,7 @@ from efficap.decoding import Decoding, build_decoding
 from efficap.errors import InputError
 from efficap.launch import launch
 from efficap.models.build import preprocessing
+from efficap.ranks import take_gpu
 from efficap.training.writer import CaptionWriter, words_of
 
 
@@ -96,7 +97,7 @@ def _check_processes(images: str) -> None:
             f"images={images}: {own.world} processes can share shards (*.tar), and not a folder of pictures; start one"
         )
     if own.world > 1 and torch.cuda.is_available():
-        torch.cuda.set_device(own.local_rank)
+        take_gpu()
 
 
 def _looking(cfg: dict[str, Any]) -> dict[str, bool]:

@@ -21,7 +21,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from efficap.commands.caption_output import RECORD, as_row, check_record, escaped, keep_record
+from efficap.commands.caption_output import RECORD, as_row, check_folder, escaped, keep_record
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
@@ -144,7 +144,7 @@ class CaptionFolder:
                 f"{self._lines} has no {RECORD} beside it that tells what it was made with; "
                 "name another folder with out=DIR"
             )
-        check_record(path, record)
+        check_folder(path, record)
         self.results = {str(result.file): result for result in _read(self._lines)}
 
     @property

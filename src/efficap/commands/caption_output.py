@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from efficap.commands.faults import check_writable
 from efficap.commands.run_dir import RunDirectory
 from efficap.errors import InputError
 from efficap.evaluation.results import replacing
@@ -38,12 +39,14 @@ def done_with(
     }
 
 
-def check_record(folder: Path, record: dict[str, Any]) -> None:
+def check_folder(folder: Path, record: dict[str, Any]) -> None:
     """Compare `record` with the one beside the results of a folder, if there is one.
 
     Raises:
-        InputError: the folder holds results of another run, other weights, another decoding, precision or attention.
+        InputError: the folder holds results of another run, other weights, another decoding, precision or attention, or
+            cannot be written.
     """
+    check_writable(folder, "name another folder with out=DIR")
     file = folder / RECORD
     if not file.is_file():
         return

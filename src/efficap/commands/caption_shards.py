@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from efficap.commands.caption_folder import pictures_below
-from efficap.commands.caption_output import CaptioningBar, as_row, check_record, escaped, keep_record
+from efficap.commands.caption_output import CaptioningBar, as_row, check_folder, escaped, keep_record
 from efficap.commands.shard_results import Origin, is_done, write_results
 from efficap.data.pictures import Picture
 from efficap.data.shards.names import find_shards
 from efficap.data.shards.tar import Broken, SampleError, TarSample, read_contents
 from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
+from efficap.ranks import work_apart
 from efficap.training.writer import CaptionWriter
 
 
@@ -81,11 +82,12 @@ def caption_shards(
     if len({tar.stem for tar in tars}) < len(tars):
         raise InputError(f"images={shards}: two shards have the same name; caption their folders one by one")
     folder = out or run / "captions" / tars[0].parent.name
-    check_record(folder, record)
+    check_folder(folder, record)
     states = [is_done(folder, tar) for tar in tars]  # all that can be refused, before anything is loaded
     if changed := states.count(False):
         _say(f"{changed:,} of {len(tars):,} shards have changed since; these are captioned once more")
     keep_record(folder, record)
+    work_apart()
     writer, batch_size = load()
     captioned = functools.partial(
         _captioned,
@@ -147,6 +149,8 @@ def _claimed(folder: Path, tar: Path) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
+        except OSError:  # a file system without locks, where one process at a time has the folder
+            pass
         yield not is_done(folder, tar)
     if is_done(folder, tar):
         lock.unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from PIL import Image
 from rich.console import Console
 
 from efficap.commands.checks import checks_of, loss_probe, own_and_other_cider
+from efficap.commands.faults import check_writable
 from efficap.commands.kinds import check_form
 from efficap.commands.schema import EVAL
 from efficap.commands.subject import Subject, open_ensemble, open_run
@@ -67,6 +68,10 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     group_of = _groups(data, cfg)
 
     out = subject.out / split
+    if is_first():
+        check_writable(
+            out, "results lie with their run: copy that to where you may write, and evaluate the copy"
+        )
     probe = loss_probe(subject, cfg["checks"]["loss_pictures"])
     predictions, references = _captioned(subject, split)
     if probe:

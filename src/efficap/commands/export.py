@@ -117,11 +117,17 @@ def _export_transformers(
 
 @contextlib.contextmanager
 def _published(out: Path) -> Iterator[Path]:
-    """A directory to write to that becomes `out` at the end, and is removed if there is an error."""
-    temporary = out.parent / f".{out.name}.{os.getpid()}"
+    """A directory to write to whose contents are `out`'s at the end; it is removed if there is an error."""
+    own = f".{out.name}.{os.getpid()}"
+    # What is there, and empty, may be where another disk begins.
+    temporary = (out if out.is_dir() else out.parent) / own
     temporary.mkdir(parents=True)
     try:
         yield temporary
-        os.replace(temporary, out)
+        if out.is_dir():
+            for part in list(temporary.iterdir()):
+                os.replace(part, out / part.name)
+        else:
+            os.replace(temporary, out)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -16,21 +16,22 @@ _DEAD_LOADER = (
 )
 
 
-def check_writable(run_dir: Path) -> None:
-    """Raises InputError where nothing can be written to a run directory, or where it cannot be made; leaves nothing."""
-    there = next(folder for folder in (run_dir.absolute(), *run_dir.absolute().parents) if folder.exists())
+_FOR_RUNS = "hydra.run.dir=DIR takes another folder for the run"
+
+
+def check_writable(out: Path, way_out: str = _FOR_RUNS) -> None:
+    """Raises InputError where nothing can be written to a folder, or where it cannot be made; leaves nothing."""
+    there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".efficap-", dir=there):
             pass
     except OSError as error:
-        raise InputError(cannot_be_written(run_dir, error)) from error
+        raise InputError(cannot_be_written(out, error, way_out)) from error
 
 
-def cannot_be_written(folder: Path | str, error: OSError) -> str:
-    """Of a folder that a run was to lie in: why not, and the way out."""
-    return (
-        f"{folder} cannot be written ({error.strerror}); hydra.run.dir=DIR takes another folder for the run"
-    )
+def cannot_be_written(folder: Path | str, error: OSError, way_out: str = _FOR_RUNS) -> str:
+    """Why not, and the way out."""
+    return f"{folder} cannot be written ({error.strerror}); {way_out}"
 
 
 def dead_loader(error: BaseException) -> str | None:

@@ -87,12 +87,14 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(file.read_text())
         settings["hparams"] = {size: int(settings["hparams"][size]) for size in _SIZES}
-        settings |= {key: int(settings[key]) for key in ("n_spe", "encoder_head")}
+        optional = [key for key in ("image_size",) if key in settings]
+        settings |= {key: int(settings[key]) for key in ("n_spe", "encoder_head", *optional)}
     except OSError as error:
         raise InputError(f"--config={file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"--config={file} must be JSON with hparams ({', '.join(_SIZES)}), n_spe and encoder_head; wrong: {error}"
+            f"--config={file} must be JSON with hparams ({', '.join(_SIZES)}), n_spe and encoder_head, all of "
+            f"them numbers; wrong: {error}"
         ) from error
     if settings["n_spe"] < 1:
         raise InputError(
@@ -158,7 +160,7 @@ def _model(
 
 def _image_size(settings: dict[str, Any], positions: int) -> int:
     side = round(positions**0.5)
-    size = int(settings.get("image_size", _USUAL_SIZE))
+    size: int = settings.get("image_size", _USUAL_SIZE)
     if side * side != positions:
         raise InputError(f"the encoder's file has {positions} positions, no square's: it is no captioner's")
     if -(-size // _REDUCTION) != side:

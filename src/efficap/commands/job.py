@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.evaluation.compare.jobs import JOB_FILE, is_running
+from efficap.training.progress import at_work
 from efficap.training.resume_point import Stopped
 
 
@@ -81,7 +82,7 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
             f"{folder} is another job's already; hydra.sweep.dir=DIR gives this sweep a folder of its own, and "
             "hydra.sweep.subdir, left as it is, each job"
         )
-    if earlier["pid"] != os.getpid() and is_running(earlier):
+    if earlier["pid"] != os.getpid() and is_running(earlier) and (_is_here(earlier) or at_work(folder)):
         raise InputError(
             f"{folder}: process {earlier['pid']} of {earlier['host']} is training in it; wait for its end, or end it"
         )
@@ -89,6 +90,11 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
         return True
     _write(folder, job)
     return False
+
+
+def _is_here(job: dict[str, Any]) -> bool:
+    """Whether a job's process is, or was, one of this machine's. Of another's that is gone only the lock tells."""
+    return bool(job["host"] == socket.gethostname())
 
 
 def _now() -> str:

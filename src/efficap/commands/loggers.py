@@ -91,19 +91,32 @@ def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -
     try:
         if mode == "online":
             _reach(wandb.setup().settings.base_url)
-        logger = kind(**settings, mode=mode)
-        run = logger.experiment
-    except TypeError as error:
-        raise InputError(f"logger has settings that its class does not take: {error}") from error
+        logger = _begin(kind, settings, mode)
     except (OSError, wandb.Error) as error:
         if mode != "online":
             raise
         print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
-        logger = kind(**settings, mode="offline")
-        run = logger.experiment
+        logger = _begin(kind, settings, "offline")
+    run = logger.experiment
     if isinstance(run.id, str):
         kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
         (run_dir / _WANDB_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+    return logger
+
+
+def _begin(kind: type[WandbLogger], settings: dict[str, Any], mode: str) -> WandbLogger:
+    import wandb
+
+    try:
+        logger = kind(**settings, mode=mode)
+        _ = logger.experiment
+    except (TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"logger has settings that its class, or W&B, does not take: {reason}") from error
+    except wandb.errors.UsageError as error:
+        if mode == "online":  # there may be no key
+            raise
+        raise InputError(f"logger: {error}") from error
     return logger
 
 

@@ -16,6 +16,7 @@ from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
+from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, read_checkpoint, stage_of
 from efficap.training.progress import METRICS_FILE
 
@@ -94,6 +95,15 @@ def _placeless(settings: Any, folder: str) -> Any:
     if isinstance(settings, list | tuple):
         return [_placeless(value, folder) for value in settings]
     return settings.replace(folder, "") if isinstance(settings, str) else settings
+
+
+def check_new(run_dir: Path) -> None:
+    """Raises InputError where a training that begins would mix with what another one left in its folder."""
+    if has_checkpoint(run_dir) or (run_dir / WEIGHTS_FILE).is_file():
+        raise InputError(
+            f"{run_dir} holds another training; resume={run_dir} goes on with it, and this one needs a folder of its "
+            "own: hydra.run.dir=DIR, or output_dir=DIR in a program"
+        )
 
 
 def leave_no_trace(folder: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from efficap.yaml_files import read_yaml
 
 CONFIG_FILE = "config.yaml"
 TOKENIZER_DIR = "tokenizer"
+LATEST = "latest"  # a link below outputs/
 _PLACES = ("table", "image_dir", "shards")  # null in a published captioner
 
 
@@ -221,7 +224,12 @@ def _point_latest(path: Path) -> None:
     outputs = next((parent for parent in path.resolve().parents if parent.name == "outputs"), None)
     if outputs is None:
         return
-    temporary = outputs / f".latest.{os.getpid()}"
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(path.resolve().relative_to(outputs), target_is_directory=True)
-    os.replace(temporary, outputs / "latest")
+    temporary = outputs / f".{LATEST}.{os.getpid()}"
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(path.resolve().relative_to(outputs), target_is_directory=True)
+        os.replace(temporary, outputs / LATEST)
+    except OSError as error:  # another user's folder, a disk without links, or a folder of that name
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        print(f"{outputs / LATEST} cannot lead to {path}: {error.strerror}", file=sys.stderr)

@@ -21,7 +21,7 @@ from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.placement import check_accelerator, choose_device, say_if_slow
 from efficap.commands.processes import check_processes, check_sharding, requeue
-from efficap.commands.resume import check_limits, is_finished, leave_no_trace, log_until
+from efficap.commands.resume import check_limits, check_new, is_finished, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import MODEL, OPTIMIZER, STAGE, TRAIN, check_data
@@ -80,6 +80,8 @@ def _settings(
     finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
     if resumed and not finished:
         check_free(resumed.path)
+    elif not resumed:
+        check_new(asked)
     return resolved, init_from, resumed, finished
 
 

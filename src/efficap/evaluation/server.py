@@ -130,7 +130,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         images = {"val2014": options.val_images, "test2014": options.test_images}
         write_server_zip(out, options.name, results, images)
-    except InputError as error:
+    except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"ready for the server: {out}")

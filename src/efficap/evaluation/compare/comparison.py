@@ -78,6 +78,8 @@ def compare_runs(
     """
     if resamples < 100:
         raise InputError(f"--resamples {resamples} must be at least 100; 10000 tells p-values down to 0.0002")
+    if seed < 0:
+        raise InputError(f"--seed {seed} must be at least 0")
     console = Console(stderr=True)
     silent = not console.is_terminal  # else rich writes an empty line
     paths = find_runs(folders)
