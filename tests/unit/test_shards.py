@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -473,6 +474,27 @@ def test_a_tar_that_changes_while_it_is_read_fails_by_sample(tmp_path: Path) -> 
     tar.write_bytes(whole[: text.offset_data + 3])
     with pytest.raises(SampleError, match="changed tar"):
         reader.read(1)
+    assert reader.read(0).captions == ["the picture 0"]
+
+
+def test_a_tar_that_cannot_be_read_fails_by_sample_and_the_others_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tars = [write_tar(tmp_path / f"{n}.tar", samples(f"{n}")) for n in range(3)]
+    reader = indexed(tars)
+    tars[1].unlink()  # before it was opened
+    assert reader.read(0).captions == ["the picture 0"]
+    with pytest.raises(SampleError, match=r"unreadable: .*No such file.*1.tar"):
+        reader.read(1)
+    assert reader.read(2).captions == ["the picture 2"]
+
+    def broken(*_: object) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pread", broken)
+        with pytest.raises(SampleError, match=r"unreadable: .*Input/output error"):
+            reader.read(0)
     assert reader.read(0).captions == ["the picture 0"]
 
 

@@ -204,7 +204,10 @@ class WebDatasetDataModule(CaptionDataModule):
 def _numbers(reader: ShardReader, setting: str) -> dict[str, int]:
     numbers: dict[str, int] = {}
     for number in range(len(reader)):
-        image_id = reader.image_id(number)
+        try:
+            image_id = reader.image_id(number)
+        except Broken as error:  # of a tar that was there a moment ago
+            raise InputError(f"{setting}: {error}") from error
         if numbers.setdefault(image_id, number) != number:
             raise InputError(
                 f"{setting}: {reader.name(numbers[image_id])} and {reader.name(number)} are both called {image_id}; "

@@ -154,7 +154,7 @@ def _answer(timeout: float | None, function: Callable[..., Result], *arguments: 
     except TooSlowError as error:
         raise SampleError("too slow", str(error)) from None
     except OSError as error:
-        raise SampleError("unreadable", error.strerror or str(error)) from error
+        raise SampleError("unreadable", str(error)) from error
 
 
 class _OpenShard:
