@@ -8,6 +8,7 @@ import stat
 import warnings
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 # Pillow knows more, one of which (EPS) starts another program, and most of which are little watched.
@@ -72,3 +73,11 @@ def open_picture(
             f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
         )
     return image
+
+
+def rgb_of(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
+    """A picture's pixels as (H, W, 3) uint8, of 16 bits the upper ones."""
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion clips to white
+        high = (np.asarray(image, dtype=np.int64).clip(0, 65535) * 255 + 32767) // 65535  # (H, W)
+        return np.repeat(high.astype(np.uint8)[..., None], 3, axis=-1)
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))

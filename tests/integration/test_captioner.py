@@ -159,6 +159,41 @@ def test_what_was_published_says_the_same_and_no_path_of_the_machine(
     )
 
 
+def test_nothing_that_training_alone_needs_is_published(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(run, tmp_path / "run")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["callbacks"] = {"mine": {"_target_": "my.Ping", "token": "sesame-opens-1234567"}}
+    config["model"]["encoder"]["weights_file"] = "below/model.safetensors"
+    config["data"]["mine"] = "sesame-opens-7654321"
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("HUB_API_TOKEN", "sesame-opens-7654321")
+    Captioner.from_pretrained(copy).save_pretrained(tmp_path / "published")
+    text = (tmp_path / "published/config.yaml").read_text()
+    assert "sesame" not in text
+    assert "below" not in text + (tmp_path / "published/config.json").read_text()
+    assert yaml.safe_load(text).keys() <= {"name", "seed", "model", "data", "decoding"}
+
+
+def test_what_is_saved_again_has_no_scores_of_before_and_what_is_refused_changes_nothing(
+    captioner: Captioner, run: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "eval/older").mkdir(parents=True)
+    (tmp_path / "eval/older/scores.json").write_text("{}")
+    captioner.save_pretrained(tmp_path)
+    assert not (tmp_path / "eval/older/scores.json").exists()
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    with pytest.raises(InputError, match=r"packed=True is for captions alone"):
+        Captioner.from_pretrained(run, packed=True, accelerator="cpu").save_pretrained(tmp_path)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_directory_takes_the_hubs_options_too(run: Path, pictures: list[Path]) -> None:
+    options = {"token": "x", "revision": "main", "local_files_only": True}
+    assert Captioner.from_pretrained(run, **options).caption(pictures[:1])
+
+
 def test_weights_that_were_rounded_for_the_device_are_published_as_the_run_has_them(
     run: Path, tmp_path: Path
 ) -> None:

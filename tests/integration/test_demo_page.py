@@ -161,6 +161,9 @@ def listening() -> Iterator[tuple[str, list[Any]]]:
         yield f"http://127.0.0.1:{listener.getsockname()[1]}/picture.jpg", visits
 
 
+_META = {"_type": "gradio.FileData"}
+
+
 class Event:
     """The page's event that captions, asked for with whatever a client may call its upload."""
 
@@ -171,10 +174,12 @@ class Event:
         event = next(event for event in config["dependencies"] if len(event["inputs"]) > 5)
         self.number, self.others = event["id"], [values[number] for number in event["inputs"][1:]]
 
-    def ask(self, upload: dict[str, Any]) -> str:
+    def ask(self, upload: Any, meta: dict[str, Any] | None = _META) -> str:
         """What the page's stream says, until it ends."""
+        if meta is not None:
+            upload = {**upload, "meta": meta}
         question = {
-            "data": [{**upload, "meta": {"_type": "gradio.FileData"}}, *self.others],
+            "data": [upload, *self.others],
             "fn_index": self.number,
             "session_hash": os.urandom(4).hex(),
         }
@@ -205,9 +210,25 @@ def test_the_page_reads_no_file_and_no_address_that_it_was_not_sent(server: Serv
             assert '"success":false' in answer, given
             assert "<img" not in answer
         assert "a picture must be uploaded" in event.ask({"path": address})
+        link = server.uploads / "link.jpg"
+        link.symlink_to(picture)
+        for path in (secret, picture, link, "/dev/zero", "\0", 7, None):
+            for meta in (None, {"_type": "something.Else"}):  # of which Gradio looks at nothing
+                answer = event.ask({"path": str(path) if isinstance(path, Path) else path}, meta)
+                assert '"success":false' in answer, (path, meta)
+                assert "<img" not in answer
+                assert SECRET[:8] not in answer
+        for odd in (str(secret), [str(secret)], 7):
+            assert "<img" not in event.ask(odd, None)
         assert visits == []
     kept = [file.read_bytes() for file in server.uploads.rglob("*") if file.is_file()]
     assert not any(SECRET.encode() in data for data in kept)
+
+
+def test_of_a_picture_that_was_deleted_since_the_page_says_so(server: Served, folder: Path) -> None:
+    [path] = json.loads(upload(server, (folder / "images" / "test_1.jpg").read_bytes(), "b.jpg")[1])
+    Path(path).unlink()
+    assert "drop it again" in Event(server).ask({"path": path})
 
 
 @pytest.fixture(scope="module")

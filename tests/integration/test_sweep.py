@@ -18,6 +18,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from started import Started
 from wandb_files import OfflineRun, finished_run
 
+from efficap.commands import sweep as sweeps
 from efficap.commands.entry import _command
 from efficap.evaluation.compare.jobs import read_jobs
 
@@ -161,6 +162,12 @@ def test_optunas_search_takes_the_same_trials_again(tmp_path: Path) -> None:
     assert second.wait(600) == 0, second.errors
     assert second.printed.count("finished already: ") == 2
     assert (sweep.folder / "optimization_results.yaml").read_text() == found
+
+
+def test_a_sweep_of_which_no_job_began_is_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sweeps, "_begun", [tmp_path])  # as where a value of all of them is none
+    assert not sweeps.end_sweep()
+    assert sweeps.end_sweep(), "there is no other"
 
 
 def test_a_sweeps_folder_is_named_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -433,6 +433,15 @@ def test_what_cannot_be_compared_is_said_in_one_line(
     assert message in err
 
 
+def test_a_folder_of_a_training_that_was_refused_is_passed_over_and_named(
+    sweep: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (sweep / "refused/.hydra").mkdir(parents=True)
+    status, _, err = run_main(capsys, *sweep.iterdir(), "--resamples", 100)
+    assert status == 0
+    assert f"{sweep / 'refused'} holds no run, and is left out\n" in err
+
+
 # --- what is written ---
 
 

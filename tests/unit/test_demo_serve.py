@@ -12,7 +12,7 @@ import pytest
 from conftest import compose, write_random_run
 from PIL import Image
 
-from efficap.demo.serve import _names, build_service, listen, serve
+from efficap.demo.serve import _examples, _names, build_service, listen, serve
 from efficap.errors import InputError
 
 
@@ -57,6 +57,25 @@ def test_a_mistake_is_named(override: str, message: str) -> None:
         serve(settings("run=missing", "port=0", override))
 
 
+def test_examples_are_pictures_that_a_request_may_send(tmp_path: Path) -> None:
+    grey = Image.new("RGB", (40, 30), "grey")
+    grey.save(tmp_path / "a.tif")
+    with pytest.raises(InputError, match=r"examples=.* holds no picture that the demo opens \(JPEG, PNG"):
+        _examples(str(tmp_path))
+    for number in range(10):
+        grey.save(tmp_path / f"b{number}.png")
+    assert _examples(str(tmp_path)) == [tmp_path / f"b{number}.png" for number in range(8)]
+
+
+def test_no_phrases_leave_a_prefix_that_is_not_too_long(run: Path) -> None:
+    service = build_service(settings(f"run={run}", "limits.phrases=0", "limits.letters=5"))
+    [name] = service.captioners
+    assert service.settings(name, "greedy", {"prefix": "a red"})["prefix"] == "a red"
+    for changes in ({"prefix": "a green"}, {"banned": ["red"]}):
+        with pytest.raises(InputError, match=r"at most [05] (letters|are)|0 are taken"):
+            service.settings(name, "greedy", changes)
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path: Path) -> None:
     runs = [write_random_run(tmp_path / name, f"name={name[0]}") for name in ("a1", "b", "a2")]
     service = build_service(settings(f"run=[{','.join(map(str, runs))}]"))
@@ -94,6 +113,7 @@ def test_the_page_offers_decodings_that_keep_low_limits_and_captions_with_them(
     expected: dict[str, tuple[int | None, int | None]],
     run: Path,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gradio = pytest.importorskip(
         "gradio", reason="the demo's packages are not installed: pip install 'efficap[demo]'"
@@ -110,6 +130,7 @@ def test_the_page_offers_decodings_that_keep_low_limits_and_captions_with_them(
         if isinstance(component, gradio.Slider):
             assert component.minimum <= component.value <= component.maximum, component.label
 
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     Image.new("RGB", (40, 30), "red").save(tmp_path / "red.png")
     asked: list[dict[str, Any]] = []
     work = service._work

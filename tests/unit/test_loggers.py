@@ -50,7 +50,9 @@ def test_secret_environment_variables_do_not_reach_wandb(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HUB_API_TOKEN", SECRET)
-    run = log_run(tmp_path / "run", "init_from='hub/${oc.env:HUB_API_TOKEN}'", "optimizer.eps=1e-7")
+    secret = "'hub/${oc.env:HUB_API_TOKEN}'"
+    told = [f"init_from={secret}", f"+logger.notes={secret}", "optimizer.eps=1e-7"]
+    run = log_run(tmp_path / "run", *told)
     kept = [file for file in (tmp_path / "run" / "wandb").rglob("*") if file.is_file()]
     assert not [file for file in kept if SECRET.encode() in file.read_bytes()]
     assert SECRET.encode() not in run.contents
@@ -105,6 +107,15 @@ def test_online_without_key_or_network_goes_on_offline_and_says_so(
         run = log_run(tmp_path / "run", "logger.mode=online")
     assert "W&B cannot be used online, going on offline: " in capsys.readouterr().err
     assert run.exit_codes == [0]
+
+
+@pytest.mark.usefixtures("wandb_free")
+def test_a_key_that_is_none_is_told_and_the_run_goes_on_offline(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "changeme")
+    assert log_run(tmp_path / "run").exit_codes == [0]
+    assert "W&B cannot be used online, going on offline: " in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("wandb_free")

@@ -3,6 +3,7 @@ import io
 import re
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from PIL import Image, ImageFont
 from rich.console import Console
@@ -94,6 +95,13 @@ def test_the_gallery_turns_pictures_by_their_exif_and_puts_transparent_ones_on_w
     turned, transparent = gallery(tmp_path, items)[1].pictures()
     assert turned.size == (20, 40)
     assert min(transparent.getpixel((4, 4))) > 250
+
+
+def test_the_gallery_shows_the_upper_bits_of_sixteen(tmp_path):
+    grey = np.full((8, 8), 100 * 257, np.uint16)
+    Image.fromarray(grey).save(tmp_path / "grey.png")
+    [shown] = gallery(tmp_path, [GalleryItem(tmp_path / "grey.png", "")])[1].pictures()
+    assert all(abs(value - 100) <= 2 for value in shown.getpixel((4, 4)))
 
 
 def test_items_are_streamed_and_a_broken_off_gallery_leaves_the_old_one(tmp_path):

@@ -371,6 +371,21 @@ def test_the_commands_mistakes_are_one_line(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_interruption_ends_the_command_before_its_processes_begin_all_shards(
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "as_completed", interrupted)
+        assert run(colour_table, tmp_path / "out", "--samples-per-shard", "1", "--workers", "1") == 130
+    assert capsys.readouterr().err == "interrupted; the same command goes on with the shards that are left\n"
+    assert len(list((tmp_path / "out/train").glob("*.tar"))) < 8
+    assert run(colour_table, tmp_path / "out", "--samples-per-shard", "1", "--workers", "1") == 0
+    assert len(list((tmp_path / "out/train").glob("*.tar"))) == 8
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(
     colour_table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from efficap.commands.entry import CONF, compose
 from efficap.commands.model_card import TEMPLATE, card_values
+from efficap.commands.provenance import without_secrets
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
 from efficap.data.pictures import Picture, pixels_of
 from efficap.data.transforms import EvaluationTransform, Resized
@@ -29,8 +30,11 @@ from efficap.models.captioner import CaptionModel
 from efficap.models.weights import WEIGHTS_FILE, read_weights, save_weights
 from efficap.training.writer import CaptionWriter, WrittenCaption
 
-_PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", "eval/*/scores.json", "eval/*/sheet.png"]
+_SHOWN = ("eval/*/scores.json", "eval/*/sheet.png")
+_PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", *_SHOWN]
 _CONFIG_JSON = "config.json"  # by which the hub counts downloads
+_HUBS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
+_SETTINGS = ("name", "seed", "model", "data", "decoding")  # what others need of a run's
 
 Source = str | Path | Image.Image | Tensor
 
@@ -84,14 +88,16 @@ class Captioner(
 
         Args:
             pretrained_model_name_or_path: such as ``outputs/latest`` or ``somebody/captioner``.
-            options: `Captioner`'s own, and the hub's: revision, token, cache_dir, force_download, local_files_only.
+            options: `Captioner`'s own, and the hub's, which a directory has no use for: revision, token, cache_dir,
+                force_download, local_files_only.
 
         Raises:
             InputError: a directory that holds no captioner, or the device is not there.
         """
         name = Path(pretrained_model_name_or_path).expanduser()
         if name.is_dir():  # a run directory has no config.json, which the mixin would miss
-            return cls(RunDirectory(name), **options)
+            own = {option: value for option, value in options.items() if option not in _HUBS}
+            return cls(RunDirectory(name), **own)
         return super().from_pretrained(str(pretrained_model_name_or_path), **options)
 
     @classmethod
@@ -215,25 +221,46 @@ class Captioner(
             )
         return self._transform.square(pixels, self._transform.cut(pixels.shape[2], pixels.shape[1]))
 
-    def _save_pretrained(self, save_directory: Path) -> None:
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """What others need of the run, into a directory; a README.md that is there already stays as it is.
+
+        Args:
+            save_directory: made where it is not there.
+            options: the hub's: repo_id, push_to_hub, model_card_kwargs and those of push_to_hub.
+
+        Raises:
+            InputError: it cannot be published, or not there; nothing is written then.
+        """
         if not isinstance(self.model, CaptionModel):
             raise InputError(f"{self.run.path} is an export; publish the run that it was made from")
         if self.packed:
             raise InputError(
                 "packed=True is for captions alone; publish the captioner that is made without it"
             )
-        config = {key: value for key, value in _without_paths(self.run.config).items() if value is not None}
-        if save_directory.resolve() == self.run.path and config != self.run.config:
+        if Path(save_directory).resolve() == self.run.path and _published(self.run.config) != self.run.config:
             raise InputError(
                 f"{save_directory} is the run itself, which needs what its {CONFIG_FILE} has; save to another folder"
             )
+        saved: str | None = super().save_pretrained(save_directory, **options)
+        return saved
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        assert isinstance(self.model, CaptionModel)
+        config = _published(self.run.config)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
         is_rounded = next(self.model.parameters()).dtype != torch.float32
         weights = read_weights(self.run.path / WEIGHTS_FILE) if is_rounded else self.model.state_dict()
         save_weights(weights, save_directory)
         self.tokenizer.save(save_directory / TOKENIZER_DIR)
-        for file in (*self.run.path.glob("eval/*/scores.json"), *self.run.path.glob("eval/*/sheet.png")):
+        shown = {
+            file.relative_to(self.run.path): file for kind in _SHOWN for file in self.run.path.glob(kind)
+        }
+        for kind in _SHOWN:
+            for earlier in save_directory.glob(kind):  # of another captioner, or another evaluation
+                if earlier.relative_to(save_directory) not in shown:
+                    earlier.unlink()
+        for file in shown.values():
             copy = save_directory / file.relative_to(self.run.path)
             copy.parent.mkdir(parents=True, exist_ok=True)
             if not (copy.exists() and copy.samefile(file)):
@@ -266,6 +293,18 @@ def _outside_of_hydra() -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().hydra = around  # composing may have put another instance in its place
+
+
+def _published(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's settings without what only its training needs, which may be secret, and without its machine's paths."""
+    needed = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
+    kept: dict[str, Any] = _without_paths(without_secrets(needed))
+    model = {**kept["model"]}
+    for part, name in (("encoder", "weights_file"), ("decoder", "name"), ("tokenizer", "name")):
+        place = model[part].get(name)
+        if isinstance(place, str) and (part == "encoder" or Path(place).expanduser().exists()):
+            model[part] = {**model[part], name: None}
+    return {**kept, "model": model}
 
 
 def _without_paths(value: Any) -> Any:

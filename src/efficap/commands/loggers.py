@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import get_object, instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
@@ -27,6 +28,7 @@ from efficap.errors import InputError
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.ranks import is_first
 from efficap.training.progress import METRICS_FILE
+from efficap.yaml_files import read_yaml
 
 _WANDB_FILE = "wandb.json"  # in a run directory: which of W&B's runs it is
 
@@ -86,14 +88,14 @@ def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -
     mode = cfg["logger"].get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
     settings = {key: value for key, value in cfg["logger"].items() if key not in ours}
     settings |= _wandb_run(run_dir) or _new_wandb_run(cfg, run_dir)
-    settings = {"save_dir": str(run_dir), **settings, "name": without_secrets(settings.get("name"))}
-    mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+    settings = {"save_dir": str(run_dir), "name": None, **without_secrets(settings)}
     try:
+        mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         if mode == "online":
             _reach(wandb.setup().settings.base_url)
         logger = _begin(kind, settings, mode)
     except (OSError, wandb.Error) as error:
-        if mode != "online":
+        if mode not in (None, "online"):  # None: there is a key, and it is none
             raise
         print(f"W&B cannot be used online, going on offline: {str(error).splitlines()[0]}", file=sys.stderr)
         logger = _begin(kind, settings, "offline")
@@ -137,7 +139,7 @@ def _wandb_run(run_dir: Path) -> dict[str, Any]:
 
 def _new_wandb_run(cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
     """What tells the run from others: it is tagged by the choices that were made, and a sweep's grouped."""
-    if not HydraConfig.initialized() or cfg["resume"]:  # whose choices were made before
+    if not HydraConfig.initialized() or cfg["resume"] not in (None, "auto"):  # whose choices were made before
         return {}
     hydra = HydraConfig.get()
     model, data = (str(hydra.runtime.choices[group]) for group in ("model", "data"))
@@ -171,7 +173,11 @@ def log_artifact(settings: dict[str, Any] | None, run_dir: Path) -> None:
         return
     try:
         artifact = wandb.Artifact(f"captioner-{wandb.run.id}", type="model")
-        for name in (CONFIG_FILE, WEIGHTS_FILE, METRICS_FILE):
+        with artifact.new_file(CONFIG_FILE) as config:
+            yaml.safe_dump(
+                without_secrets(read_yaml(run_dir / CONFIG_FILE)), config, sort_keys=False, allow_unicode=True
+            )
+        for name in (WEIGHTS_FILE, METRICS_FILE):
             artifact.add_file(str(run_dir / name))
         artifact.add_dir(str(run_dir / TOKENIZER_DIR), name=TOKENIZER_DIR)
         wandb.run.log_artifact(artifact, aliases=["best"])

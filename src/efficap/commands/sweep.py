@@ -38,8 +38,10 @@ def end_sweep() -> bool:
     from efficap.evaluation.compare.jobs import count_states, read_jobs
 
     folder = _begun.pop()
-    if not any(folder.glob("*/job.json")):  # nothing was begun, and the reason has been told
-        return True
+    if not any(
+        folder.glob("*/job.json")
+    ):  # nothing was begun, and the reason has been told, by processes that are gone
+        return False
     jobs = read_jobs(folder)
     undone = [job for job in jobs if job.state != "done"]
     print(f"sweep: {count_states(jobs)}: {folder}")

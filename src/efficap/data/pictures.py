@@ -7,13 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from efficap.data.patience import TooSlowError, within
-from efficap.picture_files import FORMATS, MAX_PIXELS, open_picture, read_picture_file
+from efficap.picture_files import FORMATS, MAX_PIXELS, open_picture, read_picture_file, rgb_of
 
 _ORIENTATION = 0x0112  # EXIF tag
 # How EXIF says it by the standard, as 16 bits; least and most significant byte first.
@@ -101,7 +100,7 @@ class Picture:
         try:
             if at_least is not None and self.format == "JPEG":
                 self._reduce(at_least)
-            pixels = torch.from_numpy(_rgb(self._image)).permute(2, 0, 1)  # (3, H, W)
+            pixels = torch.from_numpy(rgb_of(self._image)).permute(2, 0, 1)  # (3, H, W)
         except Exception as error:
             raise _classified(error) from error
         return _turned(pixels, self.orientation)
@@ -122,7 +121,7 @@ def pixels_of(image: Image.Image) -> Tensor:
     """
     orientation = _orientation(image)  # before decoding, which takes a TIFF's away
     try:
-        return _turned(torch.from_numpy(_rgb(image)).permute(2, 0, 1), orientation)  # (3, H, W)
+        return _turned(torch.from_numpy(rgb_of(image)).permute(2, 0, 1), orientation)  # (3, H, W)
     except Exception as error:
         raise _classified(error) from error
 
@@ -154,13 +153,6 @@ def _classified(error: Exception) -> PictureError:
     text = str(error) or type(error).__name__
     early = isinstance(error, EOFError) or any(word in text.lower() for word in ("truncated", "end of"))
     return PictureError("truncated" if early else "unreadable", " ".join(text.split()))
-
-
-def _rgb(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:
-    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow's own conversion clips to white
-        high = (np.asarray(image, dtype=np.int64).clip(0, 65535) * 255 + 32767) // 65535  # (H, W)
-        return np.repeat(high.astype(np.uint8)[..., None], 3, axis=-1)
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def _turned(pixels: Tensor, orientation: int) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 from gradio import processing_utils
+from gradio.utils import get_upload_folder
 
 from efficap.data.pictures import PictureError
 from efficap.demo.batching import OverloadError
@@ -16,9 +17,11 @@ from efficap.demo.figure import CSS as FIGURE_CSS
 from efficap.demo.figure import figure
 from efficap.demo.service import CaptionService, Limits
 from efficap.errors import InputError
+from efficap.picture_files import read_picture_file
 
 AS_TRAINED = "as trained"
 DECODINGS = ("greedy", "beam", "diverse", "nucleus", "constrained")
+_NOT_UPLOADED = "a picture must be uploaded"
 _LISTS = ("banned", "required")  # written with commas between
 
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
@@ -63,7 +66,7 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
                     changes[name] = _as_setting(name, value)
             try:
                 with service.place():
-                    data = await asyncio.to_thread(Path(uploaded["path"]).read_bytes)
+                    data = await asyncio.to_thread(_read_upload, uploaded)
                     found = await service.caption(data, runs, method, changes, attention=True)
             except (InputError, PictureError, OverloadError) as error:
                 raise gr.Error(escape(str(error)), print_exception=False) from None
@@ -105,7 +108,29 @@ def build_page(service: CaptionService, examples: list[Path]) -> gr.Blocks:
 
 
 async def _refuse(url: str, cache_dir: str) -> str:
-    raise gr.Error("a picture must be uploaded", print_exception=False)
+    raise gr.Error(_NOT_UPLOADED, print_exception=False)
+
+
+def _read_upload(uploaded: object) -> bytes:
+    """The bytes of what the client says that it uploaded.
+
+    Gradio looks where a file lies only if the client says that it is one.
+
+    Raises:
+        InputError: it lies elsewhere than uploads and examples do, or is gone.
+    """
+    named = uploaded.get("path") if isinstance(uploaded, dict) else None
+    if not isinstance(named, str) or "\0" in named:
+        raise InputError(_NOT_UPLOADED)
+    file = Path(named).resolve()
+    if not file.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise InputError(_NOT_UPLOADED)
+    try:
+        return read_picture_file(file)
+    except FileNotFoundError:
+        raise InputError("pictures are deleted some ten minutes after they came; drop it again") from None
+    except (OSError, ValueError) as error:
+        raise InputError(_NOT_UPLOADED) from error
 
 
 def _setting_components(limits: Limits) -> dict[str, Any]:

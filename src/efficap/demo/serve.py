@@ -9,6 +9,7 @@ import socket
 import sys
 import tempfile
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 from efficap.commands.caption_folder import find_pictures
@@ -16,8 +17,9 @@ from efficap.commands.captioner import Captioner
 from efficap.commands.kinds import check_form
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.schema import DEMO
-from efficap.demo.service import CaptionService, Limits
+from efficap.demo.service import FORMATS, CaptionService, Limits
 from efficap.errors import InputError
+from efficap.picture_files import SUFFIXES
 
 EXAMPLES = 8  # shown at most
 
@@ -29,7 +31,7 @@ def serve(cfg: dict[str, Any]) -> None:
         InputError: no such run, a run that cannot caption, an address that is taken, or Gradio is not installed.
     """
     check_form(cfg, DEMO)
-    examples = find_pictures(cfg["examples"], "examples")[:EXAMPLES] if cfg["examples"] else []
+    examples = _examples(cfg["examples"]) if cfg["examples"] else []
     with (
         tempfile.TemporaryDirectory(prefix="efficap-demo-") as uploads,
         listen(cfg["host"], cfg["port"]) as listener,
@@ -50,6 +52,15 @@ def serve(cfg: dict[str, Any]) -> None:
         )
         config = uvicorn.Config(app, log_level="warning", timeout_keep_alive=15, timeout_graceful_shutdown=5)
         uvicorn.Server(config).run(sockets=[listener])
+
+
+def _examples(setting: str) -> list[Path]:
+    """Some of the pictures that the setting names, of those that a request may send, too."""
+    suffixes = tuple(suffix for kind in FORMATS for suffix in SUFFIXES[kind])
+    found = [file for file in find_pictures(setting, "examples") if file.suffix.lower() in suffixes]
+    if not found:
+        raise InputError(f"examples={setting} holds no picture that the demo opens ({', '.join(FORMATS)})")
+    return found[:EXAMPLES]
 
 
 def build_service(cfg: dict[str, Any]) -> CaptionService:

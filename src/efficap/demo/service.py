@@ -78,9 +78,9 @@ class Limits:
             if isinstance(value, int) and value > most:
                 raise InputError(f"{name}={value} must be at most {most} here")
         for name in ("prefix", "banned", "required"):
-            given = settings.get(name, "")
+            given = settings.get(name) or []
             texts = [given] if isinstance(given, str) else list(given)
-            if len(texts) > self.phrases:
+            if len(texts) > self.phrases and name != "prefix":
                 raise InputError(f"{name} has {len(texts)} phrases; at most {self.phrases} are taken here")
             if any(len(text) > self.letters for text in texts):
                 raise InputError(f"{name} is too long; at most {self.letters} letters are taken here")

@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 
 from efficap.evaluation.attention import Word, central_square, shade, shade_heads
 from efficap.evaluation.results import replacing
-from efficap.picture_files import open_picture, read_picture_file
+from efficap.picture_files import open_picture, read_picture_file, rgb_of
 
 THUMBNAIL = 320  # pixels, the longer side
 JPEG_QUALITY = 80
@@ -171,6 +171,8 @@ def load_picture(image: Path | Image.Image, side: int) -> Image.Image:
 
 def _upright(image: Image.Image, side: int) -> Image.Image:
     picture = ImageOps.exif_transpose(image)
+    if picture.mode.startswith("I"):
+        picture = Image.fromarray(rgb_of(picture))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)

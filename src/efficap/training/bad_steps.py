@@ -166,7 +166,7 @@ class BadSteps(Callback):
         first = trainer.global_rank * len(self._offending)
         try:
             for number, (epoch, place, image_ids) in enumerate(self._offending, start=first):
-                batch = its_data.data.training_batch(epoch, place, list(image_ids))
+                batch = its_data.data.training_batch(epoch, place, list(image_ids)).to("cpu")
                 write_batch(batch, self.folder, number, pl_module.writer.tokenizer)
         except (OSError, RuntimeError, InputError) as error:
             warnings.warn(f"the bad batch could not be written: {error}", stacklevel=1)

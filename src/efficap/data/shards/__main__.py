@@ -60,6 +60,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on with the shards that are left", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -95,16 +95,19 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
         ProcessPoolExecutor(max(1, min(workers, len(missing))), get_context("forkserver")) as pool,
     ):
         bar = progress.add_task(f"Writing {table.split}", total=len(table), completed=outcome.total())
-        for done_job in as_completed([pool.submit(_write_shard, job) for job in missing]):
-            try:
+        try:
+            for done_job in as_completed([pool.submit(_write_shard, job) for job in missing]):
                 counts = done_job.result()
-            except BrokenProcessPool as error:
-                raise InputError(
-                    f"a process that writes shards died, most likely for lack of main memory; fewer than {workers} "
-                    "workers need less, and the same command again goes on with the shards that are left"
-                ) from error
-            outcome.update(counts)
-            progress.advance(bar, sum(counts.values()))
+                outcome.update(counts)
+                progress.advance(bar, sum(counts.values()))
+        except BrokenProcessPool as error:
+            raise InputError(
+                f"a process that writes shards died, most likely for lack of main memory; fewer than {workers} "
+                "workers need less, and the same command again goes on with the shards that are left"
+            ) from error
+        except BaseException:  # an interruption, or a full disk: the pool would write all others first
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     return outcome
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,9 +67,10 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
     """Run directories, by their config.yaml: each of `folders` itself, or all below it; sorted, each once.
 
     Raises:
-        InputError: a folder does not exist, or none is below it.
+        InputError: a folder does not exist, or there is no run in or below any.
     """
     found: dict[Path, None] = {}
+    empty = []
     for folder in folders:
         if not folder.is_dir():
             raise InputError(
@@ -76,10 +78,14 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
             )
         below = sorted(_below(folder.resolve()))
         if not below:
-            raise InputError(
-                f"{folder} holds no run: there is no config.yaml in it or below; give run directories, or a sweep's"
-            )
+            empty.append(folder)
         found |= dict.fromkeys(below)
+    if empty and not found:
+        raise InputError(
+            f"{empty[0]} holds no run: there is no config.yaml in it or below; give run directories, or a sweep's"
+        )
+    for folder in empty:  # as of a training that was refused
+        print(f"{folder} holds no run, and is left out", file=sys.stderr)
     return list(found)
 
 
