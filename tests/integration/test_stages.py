@@ -155,7 +155,14 @@ def test_the_order_goes_on_where_stages_share_their_data(
     tiny = [*unlimited(folders["first"], tmp_path / "run"), "data.captions_per_image=1"]
     train(compose("train", *tiny, "trainer.max_epochs=2"))
     one, seen = seen, []
-    train(compose("train", *tiny, "stages={a: {trainer: {max_epochs: 1}}, b: {trainer: {max_epochs: 1}}}"))
+    train(
+        compose(
+            "train",
+            *tiny,
+            f"output_dir={tmp_path}/stages",
+            "stages={a: {trainer: {max_epochs: 1}}, b: {trainer: {max_epochs: 1}}}",
+        )
+    )
     assert seen == one
     assert one[:2] != one[2:]
 
