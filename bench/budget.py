@@ -49,7 +49,6 @@ FEW_STEPS = [  # two hundred hardly learn what a sentence is
 
 def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, float]:
     """Train by experiment=flickr8k, then flickr8k_scst; at the plain way's sizes unless `--best`; 3 beams caption."""
-    import torch
     from hydra import compose, initialize_config_dir
 
     from efficap.commands.entry import plain, tune_process
@@ -64,6 +63,7 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
             f"data.num_workers={options.workers}",
             "data.flip=true",
             f"trainer.max_time=00:00:{int(minutes):02d}:{round(minutes * 60) % 60:02d}",
+            "trainer.accelerator=cpu",  # as the plain way
             "trainer.precision=bf16-mixed",  # where the CPU computes in it
             "trainer.val_check_interval=00:01:00:00",  # at the end
             "trainer.enable_progress_bar=false",
@@ -77,7 +77,7 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
 
     tune_process()
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        many = options.best or torch.cuda.is_available() or cpu_has_bfloat16()
+        many = options.best or cpu_has_bfloat16()
         last = SELF_CRITICAL * options.minutes if many else 0.0
         recipe = [] if options.best else [*SIZES, *(MANY_STEPS if many else FEW_STEPS)]
         run, first = trained(["experiment=flickr8k", *recipe], options.minutes - last, folder / "words")
@@ -86,7 +86,10 @@ def ours(options: argparse.Namespace, seed: int, folder: Path) -> dict[str, floa
             run, second = trained(["experiment=flickr8k_scst", f"init_from={run}"], last, folder / "reward")
             parts.append(second)
         evaluation = plain(
-            compose("eval", [f"run={run}", "split=val", "decoding=beam", "decoding.num_beams=3"])
+            compose(
+                "eval",
+                [f"run={run}", "split=val", "accelerator=cpu", "decoding=beam", "decoding.num_beams=3"],
+            )
         )
     scores = evaluate({**evaluation, "metrics": ["BLEU", "CIDEr"], "gallery": 0})
     seconds = sum(part["training_seconds"] for part in parts)

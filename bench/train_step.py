@@ -240,7 +240,7 @@ def main() -> None:
                 pictures = options.pictures or PICTURES[model]
                 found = measure(Case(model, captions, dtype, pictures, options.compile), rounds)
                 key = f"k{captions}_vs_plain_{dtype}"
-                line[key if model == models[0] else f"{key}_{model}"] = round(found["ratio"], 3)
+                line[key if model == "small" else f"{key}_{model}"] = round(found["ratio"], 3)
     dtype, pictures = options.dtypes.split(",")[-1], options.pictures or PICTURES[models[0]]
     overhead = lightning_overhead(Case(models[0], 5, dtype, pictures, options.compile), 2 * rounds)
     print(f"{models[0]}: a step in Lightning's loop takes {overhead:.3f} of the bare loop's")

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import numpy as np
 import pandas as pd
 import pytest
@@ -20,6 +21,8 @@ from efficap.evaluation import java
 # As the commands have it: imports, and many a test, make objects by the hundred thousand.
 gc.set_threshold(50_000)
 os.environ["WANDB_MODE"] = "disabled"
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 os.environ["HF_HUB_OFFLINE"] = "1"  # a name on the hub fails at once
 
 WORDS = ["red", "green", "blue", "grey"]
@@ -45,23 +48,34 @@ def _no_tracebacks_elsewhere() -> Iterator[None]:
     os.environ.pop("HYDRA_FULL_ERROR", None)
 
 
-_tokens: dict[tuple[str, ...], list[str]] = {}
+_tokens: dict[str, str] = {}
 
 
-@pytest.fixture(autouse=True)
-def _what_was_tokenized_is_known(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def _what_was_tokenized_is_known(request: pytest.FixtureRequest) -> Iterator[None]:
     """Whole trainings of many tests say the same, and at each validation Java takes 0.4 s of a CPU to begin."""
-    if request.path.parent.name != "integration":
-        return
     tokenize = java.tokenize
 
     def once(sentences: Sequence[str]) -> list[str]:
-        key = tuple(sentences)
-        if key not in _tokens:
-            _tokens[key] = tokenize(sentences)
-        return list(_tokens[key])
+        if missing := [sentence for sentence in dict.fromkeys(sentences) if sentence not in _tokens]:
+            _tokens.update(zip(missing, tokenize(missing), strict=True))
+        return [_tokens[sentence] for sentence in sentences]
 
-    monkeypatch.setattr(java, "tokenize", once)
+    with pytest.MonkeyPatch.context() as patch:
+        if request.path.parent.name == "integration":
+            patch.setattr(java, "tokenize", once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_drawn_for_nobody(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of each training half a second goes into its curves, and at its start some into a line on memory.
+
+    Trainings of fixtures have both, as those of a module's fixture begin before this.
+    """
+    if request.path.parent.name == "integration":
+        monkeypatch.setattr("efficap.training.run_metrics.plot_curves", lambda *_: None)
+        monkeypatch.setattr("efficap.training.summary._activation_bytes", lambda *_: 0)
 
 
 @pytest.fixture(scope="session")

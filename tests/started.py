@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import multiprocessing
+import multiprocessing.context
 import os
 import runpy
 import shutil
@@ -25,6 +26,8 @@ ROOT = Path(__file__).parents[1]
 _COMMANDS = [f"efficap.commands.{name}" for name in ("train", "evaluate", "caption")]
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(_COMMANDS)
+# There is one server for all of a process's pools: another's wish, such as the doctor's, would take its place.
+multiprocessing.context.BaseContext.set_forkserver_preload = lambda *_: None  # type: ignore[assignment]
 
 
 class Started:

@@ -245,11 +245,13 @@ def test_a_clock_limit_ends_training_annealed_and_validated(colour_table: Path, 
     assert (run / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("limit", ["trainer.max_steps=3", "trainer.max_epochs=2"])
+@pytest.mark.parametrize(
+    ("limit", "precision"), [("trainer.max_steps=3", "32-true"), ("trainer.max_epochs=2", "bf16-mixed")]
+)
 def test_the_last_step_is_validated_whatever_the_interval(
-    colour_table: Path, tmp_path: Path, limit: str, precision: str
+    colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, precision: str
 ) -> None:
+    monkeypatch.setattr("efficap.commands.placement.bfloat16_is_slow", lambda *_: False)  # also where it is
     run = train(
         compose(
             "train",
@@ -310,10 +312,12 @@ def test_every_setting_that_the_readme_names_composes(setting: str) -> None:
             compose(command, *given, *setting.split())
         except HydraException as error:
             refusals.append(str(error))
+            continue
         except InputError as error:  # it composes; where the pictures are, only its user can say
             if "is not given: add" not in str(error):
                 raise
-    assert len(refusals) < len(needed), refusals
+        return
+    pytest.fail(f"no command takes it: {refusals}")
 
 
 def test_pretrained_parts_come_from_directories(

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from conftest import compose, going_on, tiny_overrides, write_colour_table, write_random_run
@@ -446,8 +447,16 @@ def test_a_clock_that_jumps_changes_nothing(
     """Neither the checkpoints by minutes nor the limit of time go by the time of day."""
     real, leaps = time.time, itertools.cycle([10**6, -(10**6)])
     monkeypatch.setattr(time, "time", lambda: real() + next(leaps))
-    command = [*tiny_overrides(folder, tmp_path / "run"), *CHANCE, "checkpoint.every_minutes=600"]
-    assert_equal_runs(train(compose("train", *command)), undisturbed)
+    save, kept = pl.Trainer.save_checkpoint, list[str]()
+
+    def noted(self: pl.Trainer, path: Path, *args: Any, **kwargs: Any) -> None:
+        kept.append(Path(path).name)
+        save(self, path, *args, **kwargs)
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", noted)
+    command = [*tiny_overrides(folder, tmp_path / "run"), *CHANCE, "checkpoint.every_steps=null"]
+    assert_equal_runs(train(compose("train", *command, "checkpoint.every_minutes=600")), undisturbed)
+    assert kept.count(f"{LAST}.tmp") == 3, "one before each validation"
     limited = train(
         compose("train", *tiny_overrides(folder, tmp_path / "limited"), "trainer.max_time=00:10:00:00")
     )

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize(
     ("kind", "examples"),
-    [(TABLES, 150), (SHARDS, 150), (OVERRIDES, 12), (RUNS, 40)],
+    [(TABLES, 75), (SHARDS, 75), (OVERRIDES, 8), (RUNS, 40)],
     ids=["tables", "shards", "overrides", "runs"],
 )
 def test_random_input_is_used_or_refused_in_one_line_and_nothing_outside_is_touched(

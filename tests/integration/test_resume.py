@@ -133,7 +133,7 @@ def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
         if status:
             assert stopped.value.code == status
     if not (run / "checkpoints" / LAST).is_file():
-        assert after == 1
+        assert (where, after) == ("training_step", 1)
         return
     again = train(going_on(run))
     assert again == run
@@ -259,18 +259,25 @@ def test_a_training_stopped_twice_in_a_validation_amid_an_epoch_goes_on_where_th
     assert_equal_runs(run, whole)
 
 
+@pytest.fixture(scope="module")
+def of_two_batches(folder: Path) -> tuple[list[str], Path]:
+    """A training of which a step adds up two batches, and every other validation comes between them."""
+    command = [*CHANCE, *MID_EPOCH, "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    return command, train(compose("train", *tiny_overrides(folder, folder.parent / "two_batches"), *command))
+
+
 @pytest.mark.parametrize(("every", "how", "step"), [(1, kill, 1), (1, terminate, 1), (9, terminate, 2)])
 def test_a_validation_amid_the_batches_of_a_step_keeps_no_half_of_it(
     folder: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    of_two_batches: tuple[list[str], Path],
     every: int,
     how: Callable[[], None],
     step: int,
 ) -> None:
-    command = [*CHANCE, *MID_EPOCH, "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
-    command += [f"checkpoint.every_steps={every}"]
-    whole = train(compose("train", *tiny_overrides(folder, tmp_path / "whole"), *command))
+    command, whole = of_two_batches
+    command = [*command, f"checkpoint.every_steps={every}"]
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
         die_at(patch, "validation_step", 1, how)  # after three batches
@@ -300,9 +307,9 @@ def test_a_validation_by_the_clock_that_was_broken_off_is_made_up(
 
 
 def test_a_training_that_begins_where_another_lies_is_refused_and_changes_nothing(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, undisturbed: Path
 ) -> None:
-    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    run = undisturbed
     config = (run / "config.yaml").read_bytes()
     for resume in ("null", "auto"):
         with pytest.raises(InputError, match=r"holds another training; resume=.* goes on with it"):
@@ -460,10 +467,17 @@ def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overr
     return run
 
 
+@pytest.fixture(scope="module")
+def stopped(folder: Path) -> Path:
+    """What was `undisturbed`, killed in its eighth step; to be copied."""
+    with pytest.MonkeyPatch.context() as patch:
+        return stopped_run(folder, folder.parent / "stopped", patch)
+
+
 def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
-    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stopped: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
-    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+    run = shutil.copytree(stopped, tmp_path / "run")
     file = run / "checkpoints" / LAST
     whole = file.read_bytes()
     file.write_bytes(whole[: len(whole) // 2])
@@ -523,9 +537,9 @@ def test_a_training_stopped_before_it_has_a_checkpoint_does_not_say_that_it_can_
 
 
 def test_the_same_command_again_goes_on_by_itself(
-    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    folder: Path, undisturbed: Path, stopped: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    stopped_run(folder, tmp_path / "first", monkeypatch, "resume=auto")
+    shutil.copytree(stopped, tmp_path / "first")
     command = [*CHANCE, "resume=auto"]
     (tmp_path / "second" / ".hydra").mkdir(parents=True)
     assert (
@@ -559,10 +573,8 @@ def test_runs_of_a_folder_that_is_not_in_ascii_are_told_to_be_of_one_training(
     assert found.path == tmp_path / "größe/first"
 
 
-def test_a_run_takes_callbacks_and_another_logger_that_it_had_not(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+def test_a_run_takes_callbacks_and_another_logger_that_it_had_not(undisturbed: Path) -> None:
+    run = undisturbed
     early = "+callbacks.early"
     stopping = [f"{early}._target_=lightning.pytorch.callbacks.EarlyStopping", f"{early}.monitor=val/loss"]
     settings, _, _ = resolved_settings(going_on(run, *stopping, "logger=wandb"))
@@ -577,9 +589,9 @@ def test_a_run_takes_callbacks_and_another_logger_that_it_had_not(
 
 @pytest.mark.parametrize("is_named", [True, False])
 def test_a_run_that_a_process_trains_in_is_left_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
+    folder: Path, stopped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_named: bool
 ) -> None:
-    run = stopped_run(folder, tmp_path / "run", monkeypatch, "resume=auto")
+    run = shutil.copytree(stopped, tmp_path / "run")
     same = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, "resume=auto"]
     cfg = going_on(run) if is_named else compose("train", *same)
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
@@ -591,10 +603,8 @@ def test_a_run_that_a_process_trains_in_is_left_alone(
     assert train(cfg) == run, "the other one is gone"
 
 
-def test_a_run_goes_on_with_its_own_settings(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = stopped_run(folder, tmp_path / "run", monkeypatch)
+def test_a_run_goes_on_with_its_own_settings(stopped: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(
         InputError, match=r"optimizer.lr.encoder=1: resume=\S+ goes on with that run's own settings"
     ):
@@ -605,10 +615,8 @@ def test_a_run_goes_on_with_its_own_settings(
         train(going_on("nowhere"))
 
 
-def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = train(compose("train", *tiny_overrides(folder, tmp_path / "run"), *CHANCE))
+def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(undisturbed: Path) -> None:
+    run = undisturbed
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
     # Its last checkpoint is of before the third epoch's validation, after 12 steps.
     for below, least in (("trainer.max_epochs=2", 3), ("trainer.max_steps=11", 12)):

@@ -20,4 +20,4 @@ def test_trainings_that_faults_hit_end_with_the_weights_of_undisturbed_ones(tmp_
     outcome = Soak(tmp_path, faults=8, seed=1, epochs=5, pause=0.6).run()
     assert not outcome.problems
     assert outcome.survived.total() >= 8
-    assert outcome.trainings >= 2
+    assert len(outcome.survived) >= 6, "of eight kinds"

@@ -45,10 +45,16 @@ def test_an_interrupted_read_is_no_answer_to_the_next_one() -> None:
         raise KeyboardInterrupt
 
     before = signal.signal(signal.SIGALRM, interrupt)  # as Ctrl-C
-    signal.setitimer(signal.ITIMER_REAL, 0.05)
-    with pytest.raises(KeyboardInterrupt):
+
+    def ask() -> None:
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
         within(5, lambda: let_go.wait() and "first")
-    signal.signal(signal.SIGALRM, before)
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            ask()
+    finally:
+        signal.signal(signal.SIGALRM, before)
     let_go.set()  # and the first answer comes
     assert within(5, lambda: "second") == "second"
     assert within(5, lambda: "third") == "third"

@@ -128,7 +128,7 @@ def test_who_looks_does_not_keep_a_training_from_its_run(run: Path) -> None:
     with (run / LOCK_FILE).open("r+") as looking:
         fcntl.flock(looking, fcntl.LOCK_SH)
         assert not at_work(run), "two may look at a time"
-        threading.Timer(0.1, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
+        threading.Timer(0.01, lambda: fcntl.flock(looking, fcntl.LOCK_UN)).start()
         with begun(run):
             assert at_work(run)
 
