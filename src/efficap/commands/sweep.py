@@ -38,9 +38,8 @@ def end_sweep() -> bool:
     from efficap.evaluation.compare.jobs import count_states, read_jobs
 
     folder = _begun.pop()
-    if not any(
-        folder.glob("*/job.json")
-    ):  # nothing was begun, and the reason has been told, by processes that are gone
+    # No job began, and each has told why; this process need not know, where they had processes of their own.
+    if not any(folder.glob("*/job.json")):
         return False
     jobs = read_jobs(folder)
     undone = [job for job in jobs if job.state != "done"]
