@@ -38,6 +38,8 @@ class ThisProcess:
 
     def __exit__(self, *_: Any) -> None: ...
 
+    def shutdown(self, **_: Any) -> None: ...
+
     def map(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterable[Any]:
         return map(function, jobs)
 
