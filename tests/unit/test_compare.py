@@ -437,7 +437,7 @@ def test_a_folder_of_a_training_that_was_refused_is_passed_over_and_named(
     sweep: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (sweep / "refused/.hydra").mkdir(parents=True)
-    status, _, err = run_main(capsys, *sweep.iterdir(), "--resamples", 100)
+    status, _, err = run_main(capsys, *sweep.iterdir(), "--resamples", 100, "--out", sweep.parent / "out")
     assert status == 0
     assert f"{sweep / 'refused'} holds no run, and is left out\n" in err
 

@@ -7,7 +7,7 @@ import functools
 import json
 import shutil
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from efficap.commands.entry import CONF, compose
 from efficap.commands.model_card import TEMPLATE, card_values
-from efficap.commands.provenance import without_secrets
+from efficap.commands.published_settings import published_settings
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
 from efficap.data.pictures import Picture, pixels_of
 from efficap.data.transforms import EvaluationTransform, Resized
@@ -34,7 +34,6 @@ _SHOWN = ("eval/*/scores.json", "eval/*/sheet.png")
 _PUBLISHED = [CONFIG_FILE, WEIGHTS_FILE, f"{TOKENIZER_DIR}/*", *_SHOWN]
 _CONFIG_JSON = "config.json"  # by which the hub counts downloads
 _HUBS = ("revision", "token", "cache_dir", "force_download", "local_files_only")
-_SETTINGS = ("name", "seed", "model", "data", "decoding")  # what others need of a run's
 
 Source = str | Path | Image.Image | Tensor
 
@@ -237,7 +236,10 @@ class Captioner(
             raise InputError(
                 "packed=True is for captions alone; publish the captioner that is made without it"
             )
-        if Path(save_directory).resolve() == self.run.path and _published(self.run.config) != self.run.config:
+        if (
+            Path(save_directory).resolve() == self.run.path
+            and published_settings(self.run.config) != self.run.config
+        ):
             raise InputError(
                 f"{save_directory} is the run itself, which needs what its {CONFIG_FILE} has; save to another folder"
             )
@@ -246,7 +248,7 @@ class Captioner(
 
     def _save_pretrained(self, save_directory: Path) -> None:
         assert isinstance(self.model, CaptionModel)
-        config = _published(self.run.config)
+        config = published_settings(self.run.config)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (save_directory / CONFIG_FILE).write_text(text, encoding="utf-8")
         is_rounded = next(self.model.parameters()).dtype != torch.float32
@@ -293,34 +295,3 @@ def _outside_of_hydra() -> Iterator[None]:
         yield
     finally:
         GlobalHydra.instance().hydra = around  # composing may have put another instance in its place
-
-
-def _published(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's settings without what only its training needs, which may be secret, and without its machine's paths."""
-    needed = {name: config[name] for name in _SETTINGS if config.get(name) is not None}
-    kept: dict[str, Any] = _without_paths(without_secrets(needed))
-    model = {**kept["model"]}
-    for part, name in (("encoder", "weights_file"), ("decoder", "name"), ("tokenizer", "name")):
-        place = model[part].get(name)
-        if isinstance(place, str) and (part == "encoder" or Path(place).expanduser().exists()):
-            model[part] = {**model[part], name: None}
-    return {**kept, "model": model}
-
-
-def _without_paths(value: Any) -> Any:
-    """The settings without those that say where something lay on the machine of the training.
-
-    Each becomes None, whether it was one path or several, in a list or by split.
-    """
-    below = value.values() if isinstance(value, dict) else value if isinstance(value, list) else [value]
-    if below and all(map(_is_absolute, below)):
-        return None
-    if isinstance(value, dict):
-        return {key: _without_paths(setting) for key, setting in value.items()}
-    return [_without_paths(setting) for setting in value] if isinstance(value, list) else value
-
-
-def _is_absolute(value: Any) -> bool:
-    return isinstance(value, str) and (
-        PurePosixPath(value).is_absolute() or PureWindowsPath(value).is_absolute()
-    )

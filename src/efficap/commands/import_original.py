@@ -87,8 +87,8 @@ def _settings(file: Path) -> dict[str, Any]:
     try:
         settings: dict[str, Any] = json.loads(file.read_text())
         settings["hparams"] = {size: int(settings["hparams"][size]) for size in _SIZES}
-        optional = [key for key in ("image_size",) if key in settings]
-        settings |= {key: int(settings[key]) for key in ("n_spe", "encoder_head", *optional)}
+        numbers = {"n_spe", "encoder_head"} | ({"image_size"} & settings.keys())
+        settings |= {key: int(settings[key]) for key in numbers}
     except OSError as error:
         raise InputError(f"--config={file} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
