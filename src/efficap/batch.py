@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class CaptionBatch:
-    """Images with K captions each; every loader yields it and the model takes nothing else.
+    """Images with K captions each; every loader yields it, and losses take nothing else.
 
     Attributes:
         images: (B, 3, H, W) uint8, RGB as decoded and cropped; the encoder normalises them. With

@@ -27,6 +27,9 @@ SUFFIXES = {
 }
 FORMATS = tuple(SUFFIXES)
 MAX_PIXELS = 178_956_970  # of a picture; Pillow's own limit, but named, and before anything is decoded
+_SCAN = b"\xff\xda"
+MAX_SCANS = 1000  # of a progressive JPEG, each of which is a pass over all pixels; programs write some ten
+_ORIENTATION = 0x0112  # EXIF tag
 _BYTES_OF_PIXEL = 8  # of the largest kind, 16 bits of red, green, blue and alpha, not compressed
 _BYTES_BESIDE = 1 << 24  # metadata
 
@@ -57,7 +60,7 @@ def open_picture(
     """The picture in a file's bytes, of which the header alone has been read.
 
     Raises:
-        PIL.Image.DecompressionBombError: it has more pixels.
+        PIL.Image.DecompressionBombError: it has more pixels, or more than `MAX_SCANS` scans.
         PIL.UnidentifiedImageError: it is of no such format.
         Exception: of many kinds, by format and damage.
     """
@@ -72,7 +75,23 @@ def open_picture(
         raise Image.DecompressionBombError(
             f"{width} x {height} = {width * height:,} pixels, the limit is {max_pixels:,}"
         )
+    # What a camera puts behind the picture, such as a film, has the mark by chance once in 64 KiB.
+    if image.format in ("JPEG", "MPO") and data.count(_SCAN) > MAX_SCANS + len(data) // 2**15:
+        raise Image.DecompressionBombError(
+            f"a JPEG of {data.count(_SCAN):,} scans, the limit is {MAX_SCANS:,}"
+        )
     return image
+
+
+def orientation_of(image: Image.Image) -> int:
+    """What EXIF says, 1 (upright) to 8, before the picture is decoded: that takes a TIFF's away."""
+    if image.format == "TIFF":  # which Pillow turns by itself as it decodes
+        return 1
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged metadata of a good picture
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def rgb_of(image: Image.Image) -> np.ndarray[tuple[int, int, int], np.dtype[np.uint8]]:

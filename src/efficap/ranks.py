@@ -38,8 +38,10 @@ def join(*, gpu: bool) -> None:
     if own.by == "srun":
         from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 
-        slurm = SLURMEnvironment(auto_requeue=False)
-        os.environ |= {"MASTER_ADDR": slurm.main_address, "MASTER_PORT": str(slurm.main_port)}
+        # An instance would ask for --ntasks-per-node, which a job may as well do without.
+        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_NODELIST", "127.0.0.1")
+        os.environ.setdefault("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(nodes))
+        os.environ.setdefault("MASTER_PORT", str(15_000 + int(os.environ["SLURM_JOB_ID"][-4:])))
         os.environ |= {"RANK": str(own.rank), "WORLD_SIZE": str(own.world)}  # as torchrun has them
         os.environ |= {"LOCAL_RANK": str(own.local_rank), "GROUP_RANK": str(own.rank // own.local_world)}
     if gpu:
@@ -105,16 +107,21 @@ def first_alone(work: str) -> Iterator[None]:
             _store.set(work, "")
 
 
-def from_first(function: Callable[[], T]) -> T:
-    """What `function` returns or raises in the first process, which alone calls it, in all of them."""
+def from_first(function: Callable[[], T], work: str | None = None) -> T:
+    """What `function` returns or raises in the first process, which alone calls it, in all of them.
+
+    Args:
+        work: its name, for `first_alone`, where it may take longer than a step.
+    """
     if world_size() == 1:
         return function()
     answer: list[Any] = [None, None]  # what it returned, what it raised
-    if is_first():
-        try:
-            answer[0] = function()
-        except Exception as error:
-            answer[1] = error
+    with first_alone(work) if work else contextlib.nullcontext():
+        if is_first():
+            try:
+                answer[0] = function()
+            except Exception as error:
+                answer[1] = error
     dist.broadcast_object_list(answer, src=0, device=torch.device("cpu"))
     if answer[1] is not None:
         raise answer[1]

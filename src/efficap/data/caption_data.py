@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -15,6 +17,8 @@ from efficap.data.loader import CheckedLoader, Place, Placed
 from efficap.errors import InputError
 from efficap.ranks import world_size
 from efficap.tokenizer import CaptionTokenizer
+
+_NEXT = 8  # batches among which one is looked for
 
 
 class CaptionData(ABC):
@@ -51,19 +55,30 @@ class CaptionData(ABC):
         self.device, self._current_epoch = device, current_epoch
 
     def end(self) -> None:
-        """It has ended; processes that load end with their loader."""
+        """It has ended, and processes that load for it end."""
         self._training = self._current_epoch = self._resumed = None
 
     def state_dict(self) -> dict[str, Any]:
         """Where training is in the data, for its checkpoints."""
         # A validation may come before the first batch of a training that goes on: its place is still what was loaded.
         place = self._resumed or (self._training.place if self._training is not None else (0, 0))
-        return {"place": list(place), "processes": self.begun_by or world_size()}
+        return {
+            "place": list(place),
+            "processes": self.begun_by or world_size(),
+            "pictures": self.training_size,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from there; before a training begins."""
         epoch, batch = state_dict["place"]
         self._resumed, self.begun_by = (epoch, batch), state_dict.get("processes")
+        once, now = state_dict.get("pictures"), self.training_size
+        if batch and once not in (None, now):
+            warnings.warn(
+                f"the training split has {now:,} pictures and had {once:,} when this training was stopped: the rest "
+                "of the epoch comes in another order, with some pictures twice and some not at all",
+                stacklevel=1,
+            )
 
     def _next_place(self) -> Place:
         """The epoch and the batch that the next iteration of the training begins with."""
@@ -75,10 +90,15 @@ class CaptionData(ABC):
         """A batch of the training once more: of `epoch`, its batch `first` or the next one of these pictures.
 
         What the training itself reads at the time is broken off.
+
+        Raises:
+            InputError: these pictures do not come, since one of them is read no more.
         """
         assert self._training is not None
-        batches = self._training.of_epoch(epoch, first)
-        return next(batch for batch in batches if batch.image_ids == image_ids)
+        for batch in itertools.islice(self._training.of_epoch(epoch, first), _NEXT):
+            if batch.image_ids == image_ids:
+                return batch
+        raise InputError(f"batch {first} of epoch {epoch} is not what it was: its pictures are read no more")
 
     @abstractmethod
     def training_captions(self) -> Iterable[str]:

@@ -155,7 +155,10 @@ def _coco_rows(content: dict[str, Any], file: Path, split: str, image_dir: Path)
     pictures = _coco_pictures(content, file, image_dir)
     if "annotations" not in content:
         return [(path, "", split) for path, _ in pictures]
-    paths = {image["id"]: path for path, image in pictures}
+    paths: dict[Any, str] = {}
+    for path, image in pictures:
+        if (other := paths.setdefault(image["id"], path)) != path:
+            raise InputError(f"data.table={file}: {other} and {path} have the same id, {image['id']}")
     return [
         (paths[annotation["image_id"]], _text(annotation["caption"]), split)
         for annotation in content["annotations"]
@@ -185,5 +188,7 @@ def _list_rows(entries: list[dict[str, Any]], split: str) -> list[CaptionRow]:
     rows = []
     for entry in entries:
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-        rows += [(_text(entry["image"]), _text(caption), split) for caption in captions]
+        rows += [
+            (_text(entry["image"]), _text(caption), _text(entry.get("split", split))) for caption in captions
+        ]
     return rows

@@ -26,6 +26,7 @@ from efficap.data.order import Key, turn
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import CaptionTable
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
+from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
 
 ENCODED_AT_ONCE = 10_000  # captions; of COCO's 567 thousand at once, a gigabyte was never given back
@@ -40,8 +41,6 @@ class SharedRows:
 
     def __init__(self, rows: pa.Table) -> None:
         handle, self._file = tempfile.mkstemp(prefix="efficap-", suffix=".arrow")
-        with pa.OSFile(self._file, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
-            writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
         if sys.platform == "linux":  # a file without a name is gone with its processes, however these end
             os.unlink(self._file)
             self._file = f"/proc/{os.getpid()}/fd/{handle}"
@@ -49,6 +48,14 @@ class SharedRows:
         else:
             os.close(handle)
             weakref.finalize(self, _remove, self._file, os.getpid())
+        try:
+            with pa.OSFile(self._file, "wb") as sink, pa.ipc.new_file(sink, rows.schema) as writer:
+                writer.write_table(rows, max_chunksize=max(1, rows.num_rows))
+        except OSError as error:
+            raise InputError(
+                f"{tempfile.gettempdir()} cannot hold {rows.nbytes:,} bytes of captions ({error.strerror or error}); "
+                "make room, or name another folder with TMPDIR=DIR"
+            ) from error
         self._open()
 
     def _open(self) -> None:
@@ -100,20 +107,8 @@ def encode_table(table: CaptionTable, tokenizer: CaptionTokenizer, max_tokens: i
     return SharedRows(table.rows.append_column("tokens", tokens)), cut
 
 
-def collate(
-    images: list[Tensor],
-    captions: list[list[NDArray[np.int32]]],
-    image_ids: list[str],
-    references: list[list[str]] | None,
-    pad_id: int,
-) -> CaptionBatch:
-    """One batch; K and T are no larger than these captions need."""
-    tokens, lengths = collate_captions(captions, pad_id)
-    return CaptionBatch(torch.stack(images), tokens, lengths, image_ids, references)
-
-
 def collate_captions(captions: list[list[NDArray[np.int32]]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """(B, K, T) ids and (B, K) lengths of B lists of captions."""
+    """(B, K, T) ids and (B, K) lengths of B lists of captions; K and T are no larger than these need."""
     most = max(1, *map(len, captions))  # pictures that are only to be captioned have none
     longest = max((len(ids) for of_image in captions for ids in of_image), default=1)
     tokens = np.full((len(captions), most, longest), pad_id, np.int64)  # (B, K, T)
@@ -185,4 +180,5 @@ class CaptionedImages(Dataset[Any]):
         in_training = isinstance(self.transform, TrainingTransform)
         references = None if in_training else [self.rows["references", index] for index in indices]
         image_ids = [self.rows["image_id", index] for index in indices]
-        return collate(images, captions, image_ids, references, self.pad_id), bad
+        tokens, lengths = collate_captions(captions, self.pad_id)
+        return CaptionBatch(torch.stack(images), tokens, lengths, image_ids, references), bad

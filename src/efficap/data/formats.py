@@ -16,6 +16,7 @@ import pandas as pd
 
 from efficap.data.coco import CaptionRow, read_json
 from efficap.errors import InputError
+from efficap.picture_files import SUFFIXES
 
 KNOWN = (
     ".csv, .tsv, .parquet, COCO's or Karpathy's .json, and Flickr's .token.txt or .token with its lists of "
@@ -113,8 +114,7 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
     if rows.empty:
         raise InputError(f"{setting} has a header but no rows")
     rows = pd.DataFrame({role: rows[column] for role, column in columns.items()})
-    if kind == "TSV":
-        _check_quotes(setting, rows)
+    _check_quotes(setting, rows, separator)
     if "caption" not in columns:
         return _without_captions(rows)
     lists = {row: _listed(setting, row, cell) for row, cell in _list_like(rows["caption"])}
@@ -124,10 +124,15 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
     return _exploded(rows, captions)
 
 
-def _check_quotes(setting: str, rows: pd.DataFrame) -> None:
-    """Refuse a TSV of which a quote that begins a caption takes rows below it into one cell, up to another quote."""
+def _check_quotes(setting: str, rows: pd.DataFrame, separator: str) -> None:
+    """Refuse a table of which a quote that begins a cell takes rows below it into it, up to another quote.
+
+    A caption may well have lines, and commas; a tab, or a picture's name as a field of a later line, is a row's.
+    """
+    name = rf"[^\n,]*\.(?:{'|'.join(suffix[1:] for suffixes in SUFFIXES.values() for suffix in suffixes)})\s*"
+    rows_inside = r"\t[^\n]*\n|\n[^\n]*\t" if separator == "\t" else rf"(?is)\n(?:[^\n]*,)?{name}(?:,|\n|$)"
     for column in rows:
-        swallowed = rows[column].str.contains(r"\t[^\n]*\n|\n[^\n]*\t").to_numpy().nonzero()[0]
+        swallowed = rows[column].str.contains(rows_inside).to_numpy().nonzero()[0]
         if len(swallowed):
             row = int(swallowed[0])
             raise InputError(

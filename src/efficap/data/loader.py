@@ -69,6 +69,13 @@ class CheckedLoader:
         # Lightning makes an iterator to count batches, before it knows where a resumed training is.
         yield from self.of_epoch(*self._begin())
 
+    def close(self) -> None:
+        """End the processes that load, where there are some; left to Python's collector, each takes five seconds."""
+        iterator = getattr(self.batches, "_iterator", None)  # of a DataLoader whose workers persist
+        if iterator is not None:
+            iterator._shutdown_workers()
+            self.batches._iterator = None  # type: ignore[attr-defined]
+
     def of_epoch(self, epoch: int, first: int = 0) -> Iterator[CaptionBatch]:
         """The batches of an epoch from batch `first` on."""
         keeps_length = self.world > 1
@@ -79,7 +86,7 @@ class CheckedLoader:
         for number, (batch, bad) in enumerate(self.batches, start=first):
             self.place = (epoch, number + 1)
             for name, reason, detail in bad:
-                self.bad_samples.add(name, reason, detail)
+                self.bad_samples.add(name, reason, detail, processes=self.world)
             if bad:
                 self.bad_samples.check()
             if batch is not None:
@@ -87,10 +94,9 @@ class CheckedLoader:
             if last is None:
                 owed += 1
             elif batch is not None or keeps_length:
-                yield last
-        if last is not None:
-            yield from itertools.repeat(last, owed if keeps_length else 0)
-        elif owed and (
+                yield from itertools.repeat(last, 1 + (owed if keeps_length else 0))
+                owed = 0
+        if owed and (
             first == 0 or self.world > 1
         ):  # not where a resumed epoch had but its last batches to come
             reason = self.bad_samples or "data.text leaves no caption of them"

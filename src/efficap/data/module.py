@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from efficap.data.bad_samples import BadSamples
 from efficap.data.caption_data import CaptionData
 from efficap.data.loader import Batches, CheckedLoader
 from efficap.data.order import BatchOrder, EvaluationOrder, Order
+from efficap.data.pool import cores_each
 from efficap.data.text import CaptionText
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
@@ -29,7 +29,7 @@ class CaptionDataModule(CaptionData):
         captions_per_image: K.
         max_tokens: longest caption in tokens, BOS and EOS counted; longer ones are cut.
         batch_size: B of one process.
-        num_workers: processes or threads that load; None takes one core less than there are, at most 8.
+        num_workers: processes or threads that load; None takes one core less than the process has to itself, at most 8.
         steps_per_epoch: batches that make an epoch; None: once through the data.
         crop_scale, crop_ratio, flip, scaled_decoding: see `TrainingTransform`.
         text: keyword arguments of `CaptionText`.
@@ -101,6 +101,7 @@ class CaptionDataModule(CaptionData):
         self.text = CaptionText(**text)
         self.bad_samples = BadSamples(on_bad_sample=on_bad_sample, max_bad_fraction=max_bad_fraction)
         self.cut_captions = 0
+        self._loaders: list[CheckedLoader] = []
 
     def prepare(
         self,
@@ -171,10 +172,16 @@ class CaptionDataModule(CaptionData):
         )
         if is_training:
             self._training = loader
+        self._loaders.append(loader)
         return loader
+
+    def end(self) -> None:
+        super().end()
+        for loader in self._loaders:
+            loader.close()
+        self._loaders = []
 
 
 def default_workers() -> int:
-    """Loader processes where none are asked for: one less than this process may use cores, 1 to 8."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 2
-    return min(8, max(1, cores - 1))
+    """Loader processes where none are asked for: one less than this process has cores to itself, 1 to 8."""
+    return min(8, max(1, cores_each() - 1))

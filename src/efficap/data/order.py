@@ -27,16 +27,6 @@ class Order(Protocol):
         ...
 
 
-class InTurn:
-    """As the data have them, every time."""
-
-    def __init__(self, size: int) -> None:
-        self.size = size
-
-    def samples(self, time: int, start: int, stop: int) -> NDArray[np.int64]:
-        return np.arange(start, stop)
-
-
 class Shuffled:
     """Another order each time."""
 

@@ -12,9 +12,8 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from efficap.data.patience import TooSlowError, within
-from efficap.picture_files import FORMATS, MAX_PIXELS, open_picture, read_picture_file, rgb_of
+from efficap.picture_files import FORMATS, MAX_PIXELS, open_picture, orientation_of, read_picture_file, rgb_of
 
-_ORIENTATION = 0x0112  # EXIF tag
 # How EXIF says it by the standard, as 16 bits; least and most significant byte first.
 _ENTRIES = (b"\x12\x01\x03\x00\x01\x00\x00\x00", b"\x01\x12\x00\x03\x00\x00\x00\x01")
 _REDUCTIONS = (8, 4, 2)
@@ -81,7 +80,7 @@ class Picture:
                 self._image.load()  # for EXIF at its end; `getexif` would do so too, and pass over any damage
             except Exception as error:
                 raise _classified(error) from error
-        self.orientation = _orientation(self._image)
+        self.orientation = orientation_of(self._image)
         self.plain = self.orientation == 1 or any(
             entry in self._image.info.get("exif", b"") for entry in _ENTRIES
         )
@@ -119,21 +118,11 @@ def pixels_of(image: Image.Image) -> Tensor:
     Raises:
         PictureError: the data are damaged or end too early.
     """
-    orientation = _orientation(image)  # before decoding, which takes a TIFF's away
+    orientation = orientation_of(image)  # before decoding, which takes a TIFF's away
     try:
         return _turned(torch.from_numpy(rgb_of(image)).permute(2, 0, 1), orientation)  # (3, H, W)
     except Exception as error:
         raise _classified(error) from error
-
-
-def _orientation(image: Image.Image) -> int:
-    if image.format == "TIFF":  # which Pillow turns by itself as it decodes
-        return 1
-    try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # damaged metadata of a good picture
-        return 1
-    return orientation if orientation in range(1, 9) else 1
 
 
 def _read(file: Path, max_pixels: int, timeout: float | None) -> bytes:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from efficap.data.table import image_id_of
 from efficap.errors import InputError
 
 
@@ -28,6 +29,6 @@ def read_quarantine(file: Path) -> set[str]:
         InputError: it cannot be read, or lacks the column.
     """
     try:
-        return set(pd.read_csv(file, dtype=str, keep_default_na=False)["image"])
+        return set(map(image_id_of, pd.read_csv(file, dtype=str, keep_default_na=False)["image"]))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(f"data.quarantine={file} is no CSV with a column image: {error}") from error

@@ -194,13 +194,13 @@ def _check_names(rows: pd.DataFrame, table: object) -> None:
         raise InputError(
             f"data.table={table}: {twice[0]} is in two splits ({len(twice)} such pictures); delete one of the two"
         )
-    folded = pd.Series(splits.index).str.casefold()
-    alike = splits.index[folded.duplicated(keep=False)]
+    folded = pd.Series(splits.index).str.normalize("NFC").str.casefold()
+    alike = folded.index[folded.duplicated(keep=False)]
     if len(alike):
-        first = str(alike[0])
-        other = next(str(name) for name in alike[1:] if str(name).casefold() == first.casefold())
+        first, other = splits.index[alike[folded[alike] == folded[alike[0]]][:2]]
         raise InputError(
-            f"data.table={table}: {first} and {other} differ only in case, and on many disks are one file; rename one"
+            f"data.table={table}: {first} and {other} differ only in case, or in how an accent is written, and on many "
+            "disks are one file; rename one"
         )
 
 

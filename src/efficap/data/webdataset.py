@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from PIL import Image
 from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, ShuffledShards
+from efficap.data.pool import cores, cores_each
 from efficap.data.shards.batches import ShardBatches
 from efficap.data.shards.examine import BadSample, IndexHeader
 from efficap.data.shards.index import ensure_indexes
@@ -22,9 +22,10 @@ from efficap.data.shards.tar import Broken
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.picture_files import open_picture
-from efficap.ranks import first_alone
+from efficap.ranks import first_alone, gathered
 
 LEARN_FROM = 200_000  # captions that a tokenizer is learned from
+MOST_THREADS = 16  # of a decoder: each has buffers of its own, on a GPU too
 
 
 class WebDatasetDataModule(CaptionDataModule):
@@ -37,7 +38,7 @@ class WebDatasetDataModule(CaptionDataModule):
         caption_field: field of the json that holds a caption or a list of them; None takes the .txt.
         index_dir: where the indexes lie; None: beside the tars.
         shuffle_shards: shards whose samples are mixed with each other.
-        num_threads: of DALI's decoder; None: as many as there are cores.
+        num_threads: of DALI's decoder; None: as many as the process has cores to itself, at most `MOST_THREADS`.
         common: the arguments of `CaptionDataModule`.
     """
 
@@ -62,7 +63,7 @@ class WebDatasetDataModule(CaptionDataModule):
         self.settings = {"train": "data.shards", "val": "data.val_shards", "test": "data.test_shards"}
         self.caption_field, self.shuffle_shards = caption_field, shuffle_shards
         self.index_dir = Path(index_dir).expanduser() if index_dir is not None else None
-        self.num_threads = num_threads or len(os.sched_getaffinity(0))
+        self.num_threads = num_threads or min(MOST_THREADS, cores_each())
         self._readers: dict[str, ShardReader] = {}
         self._numbers: dict[str, dict[str, int]] = {}
 
@@ -90,7 +91,13 @@ class WebDatasetDataModule(CaptionDataModule):
                 tars,
                 index_dir=self.index_dir,
                 max_pixels=self.max_pixels,
-                workers=len(os.sched_getaffinity(0)),
+                workers=cores(),
+            )
+        seen = gathered([(tar.name, headers[tar].digest, headers[tar].good) for tar in tars])
+        if any(others != seen[0] for others in seen):
+            raise InputError(
+                f"{self.settings[split]}={self.shards[split]}: processes see different shards; are they still being "
+                "written? start again when they are all there"
             )
         for tar in tars:
             self._count_bad(tar, headers[tar])

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from efficap.errors import InputError
+from efficap.files import unfinished
 
 WEIGHTS_FILE = "model.safetensors"
 
@@ -29,10 +30,10 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def save_weights(weights: dict[str, Tensor], run_dir: Path) -> None:
     """Write a captioner's weights to its run directory; a reader sees the old file or the new one, whole."""
-    file = run_dir / WEIGHTS_FILE
-    temporary = file.with_suffix(".tmp")
-    save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, temporary)
-    umask = os.umask(0)
-    os.umask(umask)
-    temporary.chmod(0o666 & ~umask)  # safetensors writes it for its owner alone
-    os.replace(temporary, file)
+    for leftover in run_dir.glob(f".{WEIGHTS_FILE}.*.tmp"):  # of a process that was killed
+        leftover.unlink(missing_ok=True)
+    with unfinished(run_dir / WEIGHTS_FILE) as file:
+        save_file({key: value.detach().cpu().contiguous() for key, value in weights.items()}, file)
+        umask = os.umask(0)
+        os.umask(umask)
+        file.chmod(0o666 & ~umask)  # safetensors writes it for its owner alone

@@ -18,6 +18,7 @@ from efficap.data.demo.captions import write_references
 from efficap.data.demo.drawing import bounding_box, draw_scene
 from efficap.data.demo.splits import SPLIT_SIZES, sample_splits
 from efficap.errors import InputError
+from efficap.files import unfinished
 
 MIN_IMAGE_SIZE = 64  # pixels; below it stripes and spots blur
 
@@ -140,8 +141,10 @@ def _write(folder: Path, seed: int, sizes: Mapping[str, int], image_size: int) -
 
 
 def _write_boxes(folder: Path, seed: int, sizes: Mapping[str, int]) -> None:
-    temporary = folder / f".{BOXES_FILE}.{os.getpid()}"
-    with temporary.open("w", encoding="utf-8", newline="") as file:
+    with (
+        unfinished(folder / BOXES_FILE) as temporary,
+        temporary.open("w", encoding="utf-8", newline="") as file,
+    ):
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("file_name", "colour", "shape", "left", "top", "right", "bottom"))
         for _, name, scene in sample_splits(seed, sizes):
@@ -149,4 +152,3 @@ def _write_boxes(folder: Path, seed: int, sizes: Mapping[str, int]) -> None:
                 for spot in part.spots:
                     edges = (f"{edge:.4f}" for edge in bounding_box(part.look, spot))
                     table.writerow((f"{name}.jpg", part.look.colour, part.look.shape, *edges))
-    os.replace(temporary, folder / BOXES_FILE)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from efficap.data.pool import cores
 from efficap.errors import InputError
 
 FINDINGS = 3  # the exit status of --strict
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m efficap.data.doctor",
         description="Look through a captioning data set: unreadable pictures, broken shards, empty and overlong "
         "captions, pictures that occur twice or in two splits, bars of one colour, samples that a download lost.",
-        epilog="Writes report.html and report.json, and what training uses: for a table TABLE.quarantine.csv beside "
+        epilog="Writes report.html, report.json and what training uses: for a.csv an a.quarantine.csv beside "
         "it, the pictures to leave out (an older one is replaced, or removed when there are none); for shards an index "
         "of each. Exit status: 0, findings or not; 1 where PATH cannot be looked through; 2 for a wrong option; "
         f"{FINDINGS} with --strict where something was found.",
@@ -100,16 +100,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--workers",
         type=int,
-        default=_cores(),
+        default=cores(),
         metavar="N",
         help="processes (default: one a core, %(default)s here)",
     )
     add("--strict", action="store_true", help=f"exit with status {FINDINGS} where something was found")
     return parser
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from dataclasses import dataclass, field
 
@@ -51,9 +52,7 @@ def _crossing(seen: Examination, groups: list[list[int]]) -> Exhibit:
     for group in groups:
         first_of_each = dict(reversed(list(zip(_parts(seen, group), group, strict=True))))
         chosen = sorted(first_of_each.values())
-        finding.add(
-            " = ".join(f"{seen.name(number)} ({seen.parts[seen.part_of[number]].name})" for number in chosen)
-        )
+        finding.add(functools.partial(_in_parts, seen, chosen))
         exhibit.add(chosen)
     return exhibit
 
@@ -65,10 +64,22 @@ def _duplicates(seen: Examination, groups: list[list[int]]) -> Exhibit:
         "each is learned several times an epoch; delete what should not be",
     )
     for group in itertools.chain.from_iterable(_within_splits(seen, group) for group in groups):
-        more = f" and {len(group) - SHOWN:,} more" if len(group) > SHOWN else ""
-        finding.add(" = ".join(seen.name(number) for number in group[:SHOWN]) + more, count=len(group) - 1)
+        finding.add(functools.partial(_equal, seen, group), count=len(group) - 1)
         exhibit.add(group)
     return exhibit
+
+
+def _in_parts(seen: Examination, group: list[int]) -> str:
+    return " = ".join(f"{seen.name(number)} ({seen.parts[seen.part_of[number]].name})" for number in group)
+
+
+def _equal(seen: Examination, group: list[int]) -> str:
+    more = f" and {len(group) - SHOWN:,} more" if len(group) > SHOWN else ""
+    return " = ".join(map(seen.name, group[:SHOWN])) + more
+
+
+def _in_bars(seen: Examination, number: int, where: list[str]) -> str:
+    return f"{seen.name(number)} ({' and '.join(where)})"
 
 
 def _within_splits(seen: Examination, group: list[int]) -> list[list[int]]:
@@ -89,7 +100,7 @@ def _padded(seen: Examination) -> Exhibit:
     for number in np.flatnonzero(shares.any(axis=1)).tolist():
         height, width = shares[number].tolist()
         where = [f"{height} % of the height"] * bool(height) + [f"{width} % of the width"] * bool(width)
-        finding.add(f"{seen.name(number)} ({' and '.join(where)})")
+        finding.add(functools.partial(_in_bars, seen, number, where))
         exhibit.add([number])
     return exhibit
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 LISTED = 1000  # places kept of each kind, so that a report on millions stays small
@@ -23,11 +24,11 @@ class Finding:
     advice: str = ""
     names: list[str] = field(default_factory=list)
 
-    def add(self, name: str, count: int = 1) -> None:
-        """One more place, which counts `count` times."""
+    def add(self, name: str | Callable[[], str], count: int = 1) -> None:
+        """One more place, which counts `count` times; a name that takes long is asked for where it is kept."""
         self.count += count
         if len(self.names) < LISTED:
-            self.names.append(printable(name))
+            self.names.append(printable(name() if callable(name) else name))
 
     def merge(self, other: Finding) -> None:
         """All of another finding of the same kind."""

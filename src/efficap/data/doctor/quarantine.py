@@ -7,7 +7,7 @@ import io
 from pathlib import Path
 
 from efficap.data.doctor.examination import Examination
-from efficap.data.doctor.files import write_whole
+from efficap.data.doctor.files import write_text
 from efficap.data.quarantine import quarantine_file
 
 
@@ -28,7 +28,7 @@ def write_quarantine(table: Path, rows: list[tuple[str, str]]) -> Path | None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "reason"))
     writer.writerows(rows)
-    write_whole(
+    write_text(
         file, text.getvalue(), "it lies beside its table: copy the table to a folder that can be written"
     )
     return file

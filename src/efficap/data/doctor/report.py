@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from efficap.data.doctor.diagnosis import Diagnosis
-from efficap.data.doctor.files import write_whole
+from efficap.data.doctor.files import write_text
 from efficap.data.doctor.findings import Finding
 
 NAMED = 10  # places of each kind on the screen and on the page
@@ -26,7 +26,7 @@ def write_json(file: Path, diagnosis: Diagnosis) -> None:
     Raises:
         InputError: it cannot be written.
     """
-    write_whole(file, json.dumps(asdict(diagnosis), indent=1) + "\n", "name another folder with --out DIR")
+    write_text(file, json.dumps(asdict(diagnosis), indent=1) + "\n", "name another folder with --out DIR")
 
 
 def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:

@@ -12,9 +12,9 @@ from efficap.data.doctor.captions import CaptionLimit, CaptionTally
 from efficap.data.doctor.examination import Examination, Part
 from efficap.data.doctor.findings import LISTED, Findings
 from efficap.data.doctor.fingerprint import LOOK, Looks, look_at
-from efficap.data.doctor.pool import in_processes
 from efficap.data.doctor.yields import Downloads, read_downloads
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.pool import fewer_workers, in_processes, tracked
 from efficap.data.shards.examine import BadSample, IndexHeader, examine
 from efficap.data.shards.index import read_samples, write_index
 
@@ -72,8 +72,9 @@ def examine_shards(
     looks, rows = [], []
     downloads = Downloads()
     jobs = [(tar, index_dir, limit, max_pixels) for tar in tars]
-    results = in_processes(_look_at_shard, jobs, workers=workers, description="Looking at shards")
-    for tar, (header, chunk, captions, bad) in zip(tars, results, strict=True):
+    results = in_processes(_look_at_shard, jobs, workers=workers, way_out=fewer_workers(workers))
+    done = tracked(results, "Looking at shards", len(jobs))
+    for tar, (header, chunk, captions, bad) in zip(tars, done, strict=True):
         looks.append(chunk)
         rows.append(np.arange(len(chunk), dtype=np.int32))
         seen.captions.merge(captions)

@@ -11,11 +11,15 @@ from efficap.data.doctor.captions import CaptionLimit, CaptionTally
 from efficap.data.doctor.examination import Examination, Part
 from efficap.data.doctor.findings import Findings
 from efficap.data.doctor.fingerprint import LOOK, Looks, look_at
-from efficap.data.doctor.pool import in_processes
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.pool import fewer_workers, in_processes, tracked
 from efficap.data.table import CaptionTable, EmptyCaption, read_table
 
 CHUNK = 64  # pictures that go to a process at once
+_PASSING = (
+    "missing",
+    "too slow",
+)  # such a picture may be there tomorrow, when the quarantine would still leave it out
 
 _Job = tuple[int, int, list[str], int]  # split, first row, files, max_pixels
 _Bad = tuple[int, str, str]  # row, reason, reason with details
@@ -77,9 +81,8 @@ def examine_table(
         for start in range(0, len(table), CHUNK)
     ]
     looks, numbers, rows = [], [], []
-    for split, chunk, chunk_rows, bad in in_processes(
-        _look_at_files, jobs, workers=workers, description="Looking at pictures"
-    ):
+    results = in_processes(_look_at_files, jobs, workers=workers, way_out=fewer_workers(workers))
+    for split, chunk, chunk_rows, bad in tracked(results, "Looking at pictures", len(jobs)):
         looks.append(chunk)
         numbers.append(split)
         rows.append(chunk_rows)
@@ -88,7 +91,8 @@ def examine_table(
         for row, reason, detail in bad:
             name = seen.place.name(split, row)
             seen.findings.of(f"pictures that cannot be read ({reason})").add(f"{name}: {detail}")
-            seen.unreadable.append((name, reason))
+            if reason not in _PASSING:
+                seen.unreadable.append((name, reason))
     seen.gather(looks, numbers, rows)
     return seen
 

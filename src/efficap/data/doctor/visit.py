@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import glob
-import re
-import shlex
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from efficap.data.command_line import training_command
 from efficap.data.doctor.captions import CaptionLimit, load_tokenizer
 from efficap.data.doctor.comparison import compare
 from efficap.data.doctor.diagnosis import Diagnosis, conclude
 from efficap.data.doctor.examination import Examination
-from efficap.data.doctor.files import write_whole
+from efficap.data.doctor.files import write_text
 from efficap.data.doctor.page import as_page
 from efficap.data.doctor.quarantine import crossing_rows, write_quarantine
 from efficap.data.doctor.report import print_diagnosis, write_json
@@ -51,7 +50,7 @@ def visit(options: argparse.Namespace) -> bool:
     out = options.out or (tars[0] if tars else path).parent / "doctor"
     write_json(out / "report.json", diagnosis)
     page = as_page(diagnosis, seen, comparison.exhibits)
-    write_whole(out / "report.html", page, "name another folder with --out DIR")
+    write_text(out / "report.html", page, "name another folder with --out DIR")
     print_diagnosis(diagnosis, console)
     for line in _what_next(options, diagnosis, out):
         console.print(Text(line), soft_wrap=True)
@@ -114,24 +113,10 @@ def _what_next(options: argparse.Namespace, diagnosis: Diagnosis, out: Path) -> 
     if diagnosis.kind == "shards":
         place = f"in {options.index_dir}" if options.index_dir else "beside each shard"
         lines.append(f"Indexes that training uses: {place}")
-        settings = ["data=webdataset", _setting("data.shards", options.path), "data.val_shards=…"]
-        settings += [_setting("data.index_dir", options.index_dir)] if options.index_dir else []
+        index_dir = {"index_dir": options.index_dir} if options.index_dir else {}
+        command = f"{training_command('webdataset', shards=options.path, **index_dir)} data.val_shards=…"
     else:
         lines += [f"Pictures that training leaves out: {file}" for file in diagnosis.files]
         table = Path(options.path).expanduser()
-        settings = [
-            "data=csv",
-            _setting("data.table", table),
-            _setting("data.image_dir", _image_dir(table, options)),
-        ]
-    return [
-        *lines,
-        f"Report: {out / 'report.html'}",
-        f"Train: python train.py model=small {' '.join(settings)}",
-    ]
-
-
-def _setting(name: str, value: object) -> str:
-    """As the shell takes it, and Hydra after it."""
-    plain = re.fullmatch(r"[\w./-]+", str(value), re.ASCII) is not None
-    return f"{name}={value}" if plain else shlex.quote(f'{name}="{value}"')
+        command = training_command("csv", table=table, image_dir=_image_dir(table, options))
+    return [*lines, f"Report: {out / 'report.html'}", f"Train: {command}"]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
+from efficap.data.pool import cores
 from efficap.data.prepare.conceptual import prepare_conceptual
 from efficap.errors import InputError
 
@@ -131,7 +131,7 @@ def _add_conceptual_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         type=int,
-        default=os.cpu_count() or 1,
+        default=cores(),
         metavar="N",
         help="processes, each with shards of its own (default: %(default)s, one for each core)",
     )

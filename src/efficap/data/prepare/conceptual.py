@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 
+from efficap.data.command_line import training_command
 from efficap.data.prepare.download import Remote, check_space, fetch
 from efficap.data.prepare.shards import (
     complete_shards,
@@ -18,6 +18,7 @@ from efficap.data.prepare.shards import (
 )
 from efficap.data.prepare.transfer import DownloadError
 from efficap.errors import InputError
+from efficap.files import replacing, unfinished
 
 # Sizes in bytes and SHA-256: Hugging Face datasets, dataset_infos.json of conceptual_captions (there "unlabeled")
 # and of conceptual_12m.
@@ -146,10 +147,8 @@ def _keep_record(folder: Path, record: Mapping[str, object]) -> None:
         if found is None and list_file.is_file():
             raise InputError(f"{list_file} is not of this command; name another folder with --dir")
         list_file.unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.name}.part")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    with replacing(file) as record_file:
+        record_file.write(f"{json.dumps(record)}\n".encode())
 
 
 def _list_files(folder: Path) -> dict[str, Path]:
@@ -202,12 +201,10 @@ def _write_pairs(pairs: Iterator[Pair], file: Path) -> None:
     from pyarrow import parquet
 
     schema = pa.schema([("url", pa.string()), ("caption", pa.string())])
-    partial = file.with_name(f"{file.name}.part")
-    with parquet.ParquetWriter(partial, schema) as writer:
+    with unfinished(file) as temporary, parquet.ParquetWriter(temporary, schema) as writer:
         while batch := list(islice(pairs, _BATCH)):
             urls, captions = zip(*batch, strict=True)
             writer.write_table(pa.table({"url": urls, "caption": captions}, schema))
-    os.replace(partial, file)
 
 
 def _check_space_for_rest(folder: Path, rows: Mapping[str, int]) -> None:
@@ -219,7 +216,5 @@ def _check_space_for_rest(folder: Path, rows: Mapping[str, int]) -> None:
 
 
 def _print_command(folder: Path) -> None:
-    from efficap.data.prepare.writing import training_command
-
     patterns = {"shards": shard_pattern(folder / "train"), "val_shards": shard_pattern(folder / "val")}
     print(f"Train with:\n{training_command('webdataset', **patterns)}")

@@ -100,7 +100,17 @@ def _settings(image_size: int, processes: int, threads: int) -> dict[str, object
 
 def _reports(folder: Path) -> list[Path]:
     """Reports of complete shards: a shard's is written after its tar."""
-    return sorted(report for report in folder.glob("*_stats.json") if _shard(report).is_file())
+    return sorted(filter(_is_complete, folder.glob("*_stats.json")))
+
+
+def _is_complete(report: Path) -> bool:
+    """Whether there is a shard that was written to its end; a report that was not is removed, and made anew."""
+    try:
+        json.loads(report.read_text(encoding="utf-8"))
+    except ValueError:
+        report.unlink()
+        return False
+    return _shard(report).is_file()
 
 
 def _shard(report: Path) -> Path:

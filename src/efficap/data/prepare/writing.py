@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pandas as pd
 
+from efficap.data.command_line import training_command
 from efficap.data.formats import read_rows
 from efficap.data.prepare.archives import unpack
 from efficap.data.prepare.download import Remote, fetch
 from efficap.errors import InputError
+from efficap.files import unfinished
 
 
 def extract(archive: Remote, folder: Path, members: Sequence[str]) -> list[Path]:
@@ -78,27 +79,9 @@ def write_captions(rows: pd.DataFrame, folder: Path, image_dir: Path) -> Path:
         raise InputError(
             f"{table} is there with other captions; rename it, or name another folder with --dir"
         )
-    partial = table.with_name(f"{table.name}.part")
-    rows.to_parquet(partial, index=False)
-    os.replace(partial, table)
+    with unfinished(table) as temporary:
+        rows.to_parquet(temporary, index=False)
     for split, part in rows.groupby("split", sort=False):
         print(f"{split:<6}{part['file_name'].nunique():>9,} pictures {len(part):>10,} captions")
     print(f"Train with:\n{training_command('csv', table=table, image_dir=image_dir)}")
     return table
-
-
-def training_command(data: str, **values: Path | str) -> str:
-    """A command for the shell that trains on data described by settings of the group ``data``."""
-    settings = [shlex.quote(f"data.{name}={_hydra_value(str(value))}") for name, value in values.items()]
-    return " ".join(["python train.py model=small", f"data={data}", *settings])
-
-
-def _hydra_value(value: str) -> str:
-    # Outside quotes, Hydra reads braces as a dictionary and stumbles over most other signs.
-    if (
-        value.replace("/", "").replace(".", "").replace("-", "").replace("_", "").isalnum()
-        and value.isascii()
-    ):
-        return value
-    escaped = value.replace("'", "\\'")
-    return f"'{escaped}'"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficap.data.prepare.writing import training_command
+from efficap.data.command_line import training_command
+from efficap.data.pool import cores
 from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import CaptionTable, read_table
@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="leave larger pictures out"
     )
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes")
     for role, default in (("image", "file_name"), ("caption", "caption"), ("split", "split")):
         parser.add_argument(f"--{role}-column", default=default, metavar="NAME", help=f"(default: {default})")
     return parser

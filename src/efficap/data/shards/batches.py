@@ -108,7 +108,10 @@ class ShardBatches:
                 while begun:
                     yield None, self._take(begun).bad
                 return
+            except torch.OutOfMemoryError:
+                raise
             except RuntimeError as error:
+                del decoder  # whose memory the next one may need
                 failed = next((read for read in begun if read.samples), None)
                 if failed is None or failed.rescued:
                     raise InputError(f"DALI cannot go on: {' '.join(str(error).split())}") from error

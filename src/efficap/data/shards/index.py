@@ -6,22 +6,18 @@ is an Arrow file beside its tar. Its header alone, which is all that is read at 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import track
 
+from efficap.data.pool import in_processes, tracked
 from efficap.data.shards.examine import SCHEMA, VERSION, Examined, IndexHeader, examine
 from efficap.errors import InputError
+from efficap.files import unfinished
 
 SUFFIX = ".index.arrow"
 
@@ -44,15 +40,14 @@ def write_index(examined: Examined, tar: Path, index_dir: Path | None = None) ->
     """
     file = index_file(tar, index_dir)
     table = examined.samples.replace_schema_metadata({_METADATA: json.dumps(asdict(examined.header))})
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        with (
+            unfinished(file) as temporary,
+            pa.OSFile(str(temporary), "wb") as sink,
+            pa.ipc.new_file(sink, table.schema) as writer,
+        ):
             writer.write_table(table, max_chunksize=max(1, table.num_rows))
-        os.replace(temporary, file)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
         raise InputError(
             f"the index {file} cannot be written ({error.strerror or error}); name a folder with data.index_dir=DIR"
         ) from error
@@ -117,30 +112,16 @@ def ensure_indexes(
     stale = [tar for tar, header in headers.items() if header is None or not fits(header, tar, max_pixels)]
     if stale:
         changed = sum(headers[tar] is not None for tar in stale)
-        console = Console(stderr=True)
-        console.print(
+        Console(stderr=True).print(
             f"{len(stale):,} of {len(tars):,} shards have no valid index ({changed:,} have an old one): "
             "checking every sample once",
             highlight=False,
             soft_wrap=True,
         )
         jobs = [(tar, headers[tar], index_dir, max_pixels) for tar in stale]
-        with ProcessPoolExecutor(max(1, min(workers, len(stale))), get_context("forkserver")) as pool:
-            done = track(
-                pool.map(_bring_up_to_date, jobs),
-                "Indexing shards",
-                total=len(jobs),
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            )
-            try:
-                headers |= dict(zip(stale, done, strict=True))
-            except BrokenProcessPool as error:
-                raise InputError(
-                    "a process that indexes shards died, most likely for lack of main memory; the same command again "
-                    "goes on with the shards that are left"
-                ) from error
+        way_out = "the same command again goes on with the shards that are left"
+        done = in_processes(_bring_up_to_date, jobs, workers=workers, way_out=way_out)
+        headers |= dict(zip(stale, tracked(done, "Indexing shards", len(jobs)), strict=True))
     return {tar: header for tar, header in headers.items() if header is not None}
 
 

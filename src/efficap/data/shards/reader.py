@@ -21,7 +21,6 @@ from efficap.data.shards.examine import IndexHeader, captions_of, decode_json, d
 from efficap.data.shards.index import read_samples
 from efficap.data.shards.tar import BLOCK, SampleError, fingerprint
 from efficap.data.text import CaptionText
-from efficap.errors import InputError
 
 Result = TypeVar("Result")
 
@@ -102,6 +101,17 @@ class ShardReader:
         Raises:
             SampleError: the tar is no longer what was indexed, is too slow, or has no caption where one is looked for.
         """
+        try:
+            return self._read(number)
+        except SampleError as error:
+            if error.reason != "unreadable":
+                raise
+        # On a network's disk, a file in whose place another was put is lost to who has it open.
+        with self._lock:
+            self._open.pop(self._place(number)[0], None)
+        return self._read(number)
+
+    def _read(self, number: int) -> Sample:
         shard, row = self._place(number)
         shards = self._shard(shard)
         image = shards.member("image", row)
@@ -166,9 +176,9 @@ class _OpenShard:
         self._size = os.fstat(self._file.fileno()).st_size
         rows = read_samples(tar, index_dir)
         if rows.num_rows != count:
-            raise InputError(
-                f"the index of {tar} has {rows.num_rows} samples and not the {count} of its head; remove it, and it is "
-                "made anew"
+            raise SampleError(
+                "changed tar",
+                f"its index has {rows.num_rows} samples and had {count}; another program wrote it",
             )
         self._columns: dict[str, Any] = {}
         for name in rows.column_names:

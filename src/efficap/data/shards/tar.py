@@ -50,10 +50,6 @@ class TarSample:
     json: Extent | None = None
     error: SampleError | None = None
 
-    @property
-    def members(self) -> list[Extent]:
-        return [extent for extent in (self.image, self.text, self.json) if extent is not None]
-
 
 @dataclass(slots=True)
 class TarContents:

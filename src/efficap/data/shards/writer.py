@@ -5,13 +5,9 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-import os
 import tarfile
 from collections import Counter
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from multiprocessing import get_context
 from pathlib import Path
 
 from PIL import Image
@@ -19,8 +15,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.pool import fewer_workers, in_processes
 from efficap.data.table import CaptionTable
 from efficap.errors import InputError
+from efficap.files import replacing, unfinished
 
 RECORD = "shards.json"
 JPEG_QUALITY = 92
@@ -77,6 +75,8 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
     jobs = _jobs(table, out_dir, settings)
     outcome: Counter[str] = Counter()
     missing = []
+    for leftover in out_dir.glob(".*.tar.*.tmp"):  # of processes that were killed
+        leftover.unlink(missing_ok=True)
     for job in jobs:
         done = _read_stats(job.tar)
         if done is None:
@@ -90,24 +90,12 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
         MofNCompleteColumn(),
         TimeRemainingColumn(),
     )
-    with (
-        Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress,
-        ProcessPoolExecutor(max(1, min(workers, len(missing))), get_context("forkserver")) as pool,
-    ):
+    way_out = f"{fewer_workers(workers)}, and the same command again goes on with the shards that are left"
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task(f"Writing {table.split}", total=len(table), completed=outcome.total())
-        try:
-            for done_job in as_completed([pool.submit(_write_shard, job) for job in missing]):
-                counts = done_job.result()
-                outcome.update(counts)
-                progress.advance(bar, sum(counts.values()))
-        except BrokenProcessPool as error:
-            raise InputError(
-                f"a process that writes shards died, most likely for lack of main memory; fewer than {workers} "
-                "workers need less, and the same command again goes on with the shards that are left"
-            ) from error
-        except BaseException:  # an interruption, or a full disk: the pool would write all others first
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+        for counts in in_processes(_write_shard, missing, workers=workers, way_out=way_out):
+            outcome.update(counts)
+            progress.advance(bar, sum(counts.values()))
     return outcome
 
 
@@ -118,11 +106,12 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
         "pictures": len(table),
         "split": table.split,
         "captions": _digest(table),
+        "folder": str(table.files[0].absolute()).removesuffix(table.image_ids[0]),
     }
     file = out_dir / RECORD
     if file.is_file():
         try:
-            found = json.loads(file.read_text(encoding="utf-8"))
+            found = {"folder": record["folder"], **json.loads(file.read_text(encoding="utf-8"))}
         except ValueError as error:
             raise InputError(
                 f"{file} is damaged ({error}); remove it with its folder, and start anew"
@@ -135,9 +124,8 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
     elif any(out_dir.glob("*.tar")):
         raise InputError(f"{out_dir} holds tars of another origin; name a folder that is new or empty")
     else:
-        part = file.with_suffix(".part")
-        part.write_text(json.dumps(record) + "\n", encoding="utf-8")
-        os.replace(part, file)
+        with replacing(file) as record_file:
+            record_file.write(f"{json.dumps(record)}\n".encode())
 
 
 def _digest(table: CaptionTable) -> str:
@@ -176,34 +164,32 @@ def _read_stats(tar: Path) -> dict[str, int] | None:
 
 def _write_shard(job: ShardJob) -> dict[str, int]:
     outcome: Counter[str] = Counter()
-    temporary = job.tar.with_name(f".{job.tar.name}.{os.getpid()}")
-    try:
-        with tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive:
-            for row, (image_id, file, references) in enumerate(
-                zip(job.image_ids, job.files, job.references, strict=True)
-            ):
-                try:
-                    data, suffix, size = _encoded(file, job.settings)
-                except PictureError as error:
-                    outcome[error.reason] += 1
-                    continue
-                key = f"{job.tar.stem}{row:0{len(str(job.settings.samples_per_shard))}d}"
-                fields = {
-                    "key": key,
-                    "image_id": image_id,
-                    "caption": references[0],
-                    "captions": references,
-                    "width": size[0],
-                    "height": size[1],
-                    "status": "success",
-                }
-                _add(archive, f"{key}.{suffix}", data)
-                _add(archive, f"{key}.txt", references[0].encode())
-                _add(archive, f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
-                outcome["success"] += 1
-        os.replace(temporary, job.tar)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with (
+        unfinished(job.tar) as temporary,
+        tarfile.open(temporary, "w", format=tarfile.USTAR_FORMAT) as archive,
+    ):
+        for row, (image_id, file, references) in enumerate(
+            zip(job.image_ids, job.files, job.references, strict=True)
+        ):
+            try:
+                data, suffix, size = _encoded(file, job.settings)
+            except PictureError as error:
+                outcome[error.reason] += 1
+                continue
+            key = f"{job.tar.stem}{row:0{len(str(job.settings.samples_per_shard))}d}"
+            fields = {
+                "key": key,
+                "image_id": image_id,
+                "caption": references[0],
+                "captions": references,
+                "width": size[0],
+                "height": size[1],
+                "status": "success",
+            }
+            _add(archive, f"{key}.{suffix}", data)
+            _add(archive, f"{key}.txt", references[0].encode())
+            _add(archive, f"{key}.json", json.dumps(fields, ensure_ascii=False).encode())
+            outcome["success"] += 1
     stats = {
         "count": len(job.image_ids),
         "successes": outcome["success"],
