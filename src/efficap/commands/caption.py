@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -22,6 +24,7 @@ from efficap.commands.caption_folder import (
 )
 from efficap.commands.caption_output import CaptioningBar, done_with
 from efficap.commands.caption_shards import caption_shards, check_shards_alone, names_shards
+from efficap.commands.faults import check_writable
 from efficap.commands.kinds import check_form
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.schema import CAPTION
@@ -64,7 +67,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
             load,
             transform,
             cfg["images"],
-            Path(cfg["out"]) if cfg["out"] else None,
+            Path(cfg["out"]).expanduser() if cfg["out"] else None,
             run.path,
             num_workers=workers,
             device=device,
@@ -72,12 +75,16 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
         )
         return []
     files = find_pictures(cfg["images"])
-    out = Path(cfg["out"] or run.path / "captions" / datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    out = Path(cfg["out"]).expanduser() if cfg["out"] else _new_folder(run.path / "captions")
     folder = CaptionFolder(out, record)
     remaining = folder.remaining(files)
     if remaining:
         _announce(out, named=bool(cfg["out"]), done=len(files) - len(remaining), files=len(files))
-        _caption_files(remaining, folder, load, transform, workers, device, looking)
+        try:
+            _caption_files(remaining, folder, load, transform, workers, device, looking)
+        finally:
+            with contextlib.suppress(OSError):  # there is something in it
+                out.rmdir()
     if remaining or not folder.is_finished:
         folder.finish(run.config["name"], crop=transform.image_size / transform.short_side)
     ordered = [folder.results[str(file)] for file in files]
@@ -87,6 +94,20 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
             f"images={cfg['images']}: none of {len(files)} files is a picture; reasons: {out}/captions.csv"
         )
     return ordered
+
+
+def _new_folder(among: Path) -> Path:
+    """A folder named by the time, this command's alone."""
+    check_writable(among, "name another folder with out=DIR")
+    now = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in itertools.count(1):
+        folder = among / (now if number == 1 else f"{now}_{number}")
+        try:
+            folder.mkdir(parents=True)
+            return folder
+        except FileExistsError:
+            continue
+    raise AssertionError
 
 
 def _check_processes(images: str) -> None:

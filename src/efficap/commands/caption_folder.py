@@ -27,7 +27,7 @@ from efficap.data.transforms import EvaluationTransform
 from efficap.errors import InputError
 from efficap.evaluation.attention import Word
 from efficap.evaluation.report import GalleryItem, write_gallery
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 from efficap.picture_files import SUFFIXES
 from efficap.training.writer import WrittenCaption
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from efficap.commands.faults import check_writable
 from efficap.commands.run_dir import RunDirectory
 from efficap.errors import InputError
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 from efficap.training.writer import WrittenCaption
 
 RECORD = "captioning.json"

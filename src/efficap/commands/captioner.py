@@ -17,7 +17,7 @@ from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torch import Tensor
 
-from efficap.commands.entry import CONF, compose
+from efficap.commands.entry import CONF, NO_CONF, compose
 from efficap.commands.model_card import TEMPLATE, card_values
 from efficap.commands.published_settings import published_settings
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
@@ -76,6 +76,7 @@ class Captioner(
         packed: bool = False,
     ) -> None:
         self.run, self.packed = run, packed
+        self._latest: tuple[dict[str, Any], CaptionWriter] | None = None  # settings, and who writes by them
         self.device, dtype = run.placement(accelerator, precision)
         self.tokenizer = run.tokenizer()
         self.model = run.captioner(self.tokenizer, self.device, dtype, packed=packed)
@@ -158,7 +159,11 @@ class Captioner(
             InputError, PictureError: as `caption`; InputError of an ONNX export that is asked for its attention.
         """
         sources = [images] if isinstance(images, Source) else list(images)
-        writer = self.writer(self.settings(decoding) | changes)
+        settings = self.settings(decoding) | changes
+        latest = self._latest
+        if latest is None or latest[0] != settings:
+            latest = self._latest = settings, self.writer(settings)
+        writer = latest[1]
         size = writer.batch_size
         assert size is not None
         captions: list[list[WrittenCaption]] = []
@@ -278,6 +283,8 @@ class Captioner(
 @functools.cache
 def _settings_of(decoding: str) -> dict[str, Any]:
     """All settings of conf/decoding/`decoding`.yaml."""
+    if not CONF.is_dir():
+        raise InputError(NO_CONF)
     if not (CONF / "decoding" / f"{decoding}.yaml").is_file():
         known = sorted(file.stem for file in (CONF / "decoding").glob("*.yaml"))
         raise InputError(f"decoding={decoding} must be one of {', '.join(known)}")

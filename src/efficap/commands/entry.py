@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from efficap.commands.command_help import options_of, settings_and_choices
-from efficap.commands.faults import cannot_be_written, dead_loader
+from efficap.commands.faults import FOR_RUNS, FOR_SWEEPS, cannot_be_written, dead_loader, of_disk
 from efficap.commands.said import with_said
 from efficap.commands.sweep import end_sweep, is_recorded_job
 from efficap.errors import InputError
@@ -37,6 +37,7 @@ Result = TypeVar("Result")
 _MISTAKES = (InputError, LostProcessError, HydraException, OmegaConfBaseException)
 
 CONF = Path(__file__).parents[3] / "conf"
+NO_CONF = f"{CONF} is not there: efficap works from its folder, in which it is installed by pip install -e ."
 
 
 def _model_name(choice: str, init_from: str | None) -> str:
@@ -54,6 +55,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
 
     A mistake of the user's is printed as one line and ends with status 1; HYDRA_FULL_ERROR=1 shows its traceback.
     """
+    if not CONF.is_dir():
+        sys.exit(f"error: {NO_CONF}")
     tune_process()
     _let_first_speak()
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -75,7 +78,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         try:
             return function(plain(cfg))
         except Exception as error:
-            if reason := dead_loader(error):
+            if reason := dead_loader(error) or (isinstance(error, OSError) and of_disk(error)):
                 error = InputError(reason)
             is_mistake = isinstance(error, _MISTAKES) and not wants_traceback
             if is_mistake:
@@ -94,6 +97,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     except Exception as error:  # in composing, or in a launcher
         if type(error).__module__.startswith(("joblib.", "submitit.")):
             print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
+        elif begun and "No trials are completed" in str(error):
+            pass  # a search of which every trial failed, and has told why
         elif wants_traceback or (begun and not isinstance(error, _MISTAKES)):
             raise
         elif isinstance(error, _MISTAKES):
@@ -101,7 +106,8 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         elif isinstance(error, BrokenPipeError):  # as of --help | head, whose reader has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still to be flushed
         elif isinstance(error, OSError):  # Hydra could not make the run's folder
-            print(f"error: {cannot_be_written(error.filename, error)}", file=sys.stderr)
+            way_out = FOR_SWEEPS if {"-m", "--multirun"} & set(sys.argv) else FOR_RUNS
+            print(f"error: {cannot_be_written(error.filename, error, way_out)}", file=sys.stderr)
         else:  # a number of 5,000 digits
             said = _one_line(error, config_name)
             print(f"error: the settings cannot be put together: {said}", file=sys.stderr)

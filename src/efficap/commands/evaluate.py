@@ -25,7 +25,7 @@ from efficap.evaluation.grounding import checks_line, verdict_line
 from efficap.evaluation.groups import check_groups, groups_table, score_groups
 from efficap.evaluation.objects import read_instances
 from efficap.evaluation.page.page import PAGE, write_page
-from efficap.evaluation.pictures import LINES_FILE, PICTURES_FILE, PictureRecord, write_pictures
+from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, write_pictures
 from efficap.evaluation.report import GalleryItem, contact_sheet, scores_table
 from efficap.evaluation.results import write_coco_results, write_predictions, write_scores
 from efficap.evaluation.scores import (
@@ -101,7 +101,6 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     pictures = functools.partial(data.picture, split)
     records = _records(picture_scores(list(predictions), parts), predictions, references, pictures)
     write_pictures(out / PICTURES_FILE, records)
-    (out / LINES_FILE).unlink(missing_ok=True)  # of an earlier version
     _write_pages(subject, split, result, records, pictures, cfg["gallery"])
     console = Console()
     console.print(scores_table(scores, intervals))
@@ -195,7 +194,7 @@ def _records(
             image_id,
             caption,
             references[image_id],
-            image=Path(str(pictures(image_id))) if files else None,
+            image=Path(str(pictures(image_id))).absolute() if files else None,
             scores=parts.get(image_id),
         )
         for image_id, caption in predictions.items()

@@ -22,8 +22,6 @@ from efficap.models.pretrained.export_transformers import check_transformers, ex
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner, require_package
 from efficap.tokenizer import CaptionTokenizer
 
-FORMATS = ("onnx", "transformers")
-
 
 def export(run: str, out: Path, *, format: str, int8: bool = False, images: str | None = None) -> None:
     """Write the weights of a run for other programs, and print what was checked.

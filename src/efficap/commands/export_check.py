@@ -42,7 +42,7 @@ def check_pictures(run: RunDirectory, images: str | None) -> Tensor:
         blots = F.interpolate(blots, size=(size, size), mode="bicubic", align_corners=False)
         return (255 * blots.clamp(0, 1)).to(torch.uint8)
     transform = EvaluationTransform(**preprocessing(run.config["model"]))
-    pictures = Pictures(find_pictures(images), transform)
+    pictures = Pictures(find_pictures(images, "--images"), transform)
     loaded = (pictures[place][1] for place in range(len(pictures)))
     readable = list(itertools.islice((pixels for pixels in loaded if pixels is not None), PICTURES))
     if not readable:

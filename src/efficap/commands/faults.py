@@ -5,21 +5,24 @@ No torch here: an entry point has to set up its process before that is loaded.
 
 from __future__ import annotations
 
+import errno
 import re
 import tempfile
 from pathlib import Path
 
 from efficap.errors import InputError
 
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _DEAD_LOADER = (
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited unexpectedly)"
 )
 
 
-_FOR_RUNS = "hydra.run.dir=DIR takes another folder for the run"
+FOR_RUNS = "hydra.run.dir=DIR takes another folder for the run"
+FOR_SWEEPS = "hydra.sweep.dir=DIR takes another folder for the sweep"
 
 
-def check_writable(out: Path, way_out: str = _FOR_RUNS) -> None:
+def check_writable(out: Path, way_out: str = FOR_RUNS) -> None:
     """Raises InputError where nothing can be written to a folder, or where it cannot be made; leaves nothing."""
     there = next(folder for folder in (out.absolute(), *out.absolute().parents) if folder.exists())
     try:
@@ -29,9 +32,19 @@ def check_writable(out: Path, way_out: str = _FOR_RUNS) -> None:
         raise InputError(cannot_be_written(out, error, way_out)) from error
 
 
-def cannot_be_written(folder: Path | str, error: OSError, way_out: str = _FOR_RUNS) -> str:
+def cannot_be_written(folder: Path | str | None, error: OSError, way_out: str = FOR_RUNS) -> str:
     """Why not, and the way out."""
-    return f"{folder} cannot be written ({error.strerror}); {way_out}"
+    return f"{folder or 'a file'} cannot be written ({error.strerror}); {way_out}"
+
+
+def of_disk(error: OSError) -> str | None:
+    """What a disk that is full or may not be written, or a folder that may not be entered, has to say; else None."""
+    if error.errno in _FULL:
+        way_out = "write elsewhere" if error.errno == errno.EROFS else "make room, and start again"
+        return cannot_be_written(error.filename, error, way_out)
+    if error.errno in (errno.EACCES, errno.EPERM) and error.filename:
+        return f"{error.filename} cannot be read or written ({error.strerror})"
+    return None
 
 
 def dead_loader(error: BaseException) -> str | None:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch.loggers import Logger
 
-from efficap.commands.placement import training_device
+from efficap.commands.placement import training_device, used_precision
 from efficap.commands.stages import naming
 from efficap.commands.stopped import explained
 from efficap.commands.trainer import build_callbacks, build_trainer, fitting
@@ -75,8 +76,11 @@ def fit(
             first_step=stage.steps,
             some_rest=cfg["training"].get("unfreeze_encoder_at") is not None,
         )
-        with explained(cfg), naming(stage.name), fitting():
-            trainer.fit(module, datamodule=TrainerData(its_data), ckpt_path=checkpoint, weights_only=True)
+        try:
+            with explained(cfg), naming(stage.name), fitting():
+                trainer.fit(module, datamodule=TrainerData(its_data), ckpt_path=checkpoint, weights_only=True)
+        finally:
+            its_data.end()
         for note in its_data.notes():  # of shards, only training has told what the text's filters left out
             if note not in said:
                 print(note)
@@ -121,8 +125,17 @@ def _print_plan(
         captions_per_image=data.captions_per_image,
         max_tokens=data.max_tokens,
         batch_size=data.batch_size,
+        where=f"{_name(training_device(cfg['trainer']))}, {used_precision(cfg['trainer'])}",
     )
     notes = data.notes()
     for note in notes:
         print(note)
     return notes
+
+
+def _name(device: torch.device) -> str:
+    return (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else {"cpu": "CPU"}.get(device.type, device.type)
+    )

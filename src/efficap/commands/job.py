@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.evaluation.compare.jobs import JOB_FILE, is_running
+from efficap.files import replacing
 from efficap.training.progress import at_work
 from efficap.training.resume_point import Stopped
 
@@ -77,7 +78,9 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
         earlier = json.loads(text) if text else {"overrides": None}  # the other one is just about to write it
     except ValueError as error:
         raise InputError(f"{file} is damaged; remove it") from error
-    if earlier["overrides"] != job["overrides"]:
+    if sorted(earlier["overrides"] or []) != sorted(
+        job["overrides"]
+    ):  # in any order, as the folder's name has them
         raise InputError(
             f"{folder} is another job's already; hydra.sweep.dir=DIR gives this sweep a folder of its own, and "
             "hydra.sweep.subdir, left as it is, each job"
@@ -106,6 +109,5 @@ def _text(job: dict[str, Any]) -> str:
 
 
 def _write(folder: Path, job: dict[str, Any]) -> None:
-    temporary = folder / f"{JOB_FILE}.tmp"
-    temporary.write_text(_text(job))
-    os.replace(temporary, folder / JOB_FILE)
+    with replacing(folder / JOB_FILE) as file:
+        file.write(_text(job).encode())

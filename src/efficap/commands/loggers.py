@@ -25,6 +25,7 @@ from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR
 from efficap.commands.sweep import is_sweep_job
 from efficap.commands.wandb_logger import GuestWandbLogger
 from efficap.errors import InputError
+from efficap.files import replacing
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.ranks import is_first
 from efficap.training.progress import METRICS_FILE
@@ -88,7 +89,8 @@ def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -
     mode = cfg["logger"].get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
     settings = {key: value for key, value in cfg["logger"].items() if key not in ours}
     settings |= _wandb_run(run_dir) or _new_wandb_run(cfg, run_dir)
-    settings = {"save_dir": str(run_dir), "name": None, **without_secrets(settings)}
+    place = settings.get("save_dir", str(run_dir))
+    settings = {"name": None, **without_secrets(settings), "save_dir": place}
     try:
         mode = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         if mode == "online":
@@ -102,7 +104,8 @@ def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -
     run = logger.experiment
     if isinstance(run.id, str):
         kept = {"id": run.id, "name": run.name, "group": run.group or None, "tags": list(run.tags or ())}
-        (run_dir / _WANDB_FILE).write_text(json.dumps(kept, indent=2) + "\n")
+        with replacing(run_dir / _WANDB_FILE) as file:
+            file.write(f"{json.dumps(kept, indent=2)}\n".encode())
     return logger
 
 

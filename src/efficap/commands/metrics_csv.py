@@ -13,6 +13,8 @@ import pandas as pd
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 
+from efficap.files import unfinished
+
 
 class MetricsLogger(CSVLogger):
     """Lightning's logger with a file that neither a kill nor a full disk cuts short.
@@ -38,9 +40,8 @@ class _MetricsFile(ExperimentWriter):
             self.file.unlink(missing_ok=True)
             return
         self.metrics_keys, self._header = list(log.columns), list(log.columns)
-        temporary = self.file.with_suffix(".tmp")
-        log.to_csv(temporary, index=False)
-        os.replace(temporary, self.file)
+        with unfinished(self.file) as temporary:
+            log.to_csv(temporary, index=False)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's takes away the file of a run that is gone on with, before another one is there."""
@@ -76,13 +77,8 @@ class _MetricsFile(ExperimentWriter):
         if self._header:
             with self.file.open(newline="") as file:
                 rows = list(csv.DictReader(file))
-        temporary = self.file.with_suffix(".tmp")
-        try:
-            with temporary.open("w", newline="") as file:
-                self._write(file, [*rows, *self.metrics])
-            os.replace(temporary, self.file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with unfinished(self.file) as temporary, temporary.open("w", newline="") as file:
+            self._write(file, [*rows, *self.metrics])
         self._header = list(self.metrics_keys)
 
     def _write(self, file: Any, rows: Iterable[dict[str, Any]]) -> None:

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from efficap.commands.run_dir import RunDirectory
+from efficap.evaluation.report import PERCENT
 
 # Filled by huggingface_hub with what `card_values` gives.
 TEMPLATE = """\
@@ -64,5 +65,4 @@ def card_values(run: RunDirectory) -> dict[str, Any]:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    whole = {name: value for name, value in scores.items() if "/" not in name}  # and not of a domain
-    return {name: value for name, value in whole.items() if isinstance(value, float)}
+    return {name: scores[name] for name in PERCENT if isinstance(scores.get(name), float)}

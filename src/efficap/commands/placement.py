@@ -80,6 +80,8 @@ def used_precision(trainer: dict[str, Any]) -> Any:
     if precision is None and on_gpu and torch.cuda.is_bf16_supported(including_emulation=False):
         return "bf16-mixed"
     is_on_cpu = choose_device(trainer["accelerator"]).type == "cpu"
+    if is_on_cpu and precision == "16-mixed":  # which Lightning would make of it
+        precision = "bf16-mixed"
     if precision is None or (precision == "bf16-mixed" and is_on_cpu and bfloat16_is_slow()):
         return "32-true"
     return precision
@@ -88,5 +90,7 @@ def used_precision(trainer: dict[str, Any]) -> Any:
 def say_if_slow(trainer: dict[str, Any]) -> None:
     """Say on stderr that this CPU does not compute in the bfloat16 that was asked for, where it does not."""
     asked = trainer["precision"]
-    if asked == "bf16-mixed" and used_precision(trainer) != asked:
-        print(f"trainer.precision={asked} is 32-true on this CPU, {_NO_BFLOAT16}", file=sys.stderr)
+    used = used_precision(trainer)
+    if asked is not None and used != asked:
+        why = f", {_NO_BFLOAT16}" if used == "32-true" else ""
+        print(f"trainer.precision={asked} is {used} on this CPU{why}", file=sys.stderr)

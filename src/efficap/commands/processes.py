@@ -7,6 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.strategies import DDPStrategy
 
@@ -97,7 +98,10 @@ def strategy_settings(strategy: str | None, *, some_rest: bool) -> dict[str, Any
         some_rest: whether some parameters that learn do not do so in each step.
     """
     if strategy is None:
-        return {"strategy": "auto"}
+        return {
+            "strategy": "auto",
+            "plugins": [LightningEnvironment()],
+        }  # and none that SLURM's variables suggest
     own = launch()
     sharded = strategy == "fsdp"
     return {

@@ -17,6 +17,9 @@ _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _SHORTEST = 8  # characters of a secret; what is shorter would be found in innocent words
 
 
+FOLDER = Path(__file__).parents[3]
+
+
 def provenance() -> dict[str, Any]:
     """The commit of the code and whether it was changed since, versions, and what computes.
 
@@ -35,9 +38,10 @@ def provenance() -> dict[str, Any]:
 
 
 def _git(*arguments: str) -> str | None:
-    folder = Path(__file__).parent
+    if not (FOLDER / ".git").exists():  # it may lie in a checkout of something else
+        return None
     try:
-        result = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, timeout=10)
+        result = subprocess.run(["git", *arguments], cwd=FOLDER, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
     return result.stdout.strip() if result.returncode == 0 else None

@@ -59,7 +59,14 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
         found = own.parent.glob(f"*/{CONFIG_FILE}") if cfg["resume"] == "auto" else []
         folders = sorted((file.parent for file in found), reverse=True)
     for folder in folders:
-        run = RunDirectory(folder, "resume")
+        if not ((folder / METRICS_FILE).is_file() or has_checkpoint(folder)):
+            continue
+        try:
+            run = RunDirectory(folder, "resume")
+        except InputError:
+            if in_sweep:
+                raise
+            continue  # another program's, where hydra.run.dir puts runs among them
         if not (is_finished(run) or has_checkpoint(run.path)):
             continue
         if _compared(run.config) == _compared(cfg):

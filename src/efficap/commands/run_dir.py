@@ -20,7 +20,7 @@ from efficap.commands.schema import RUN, check_data
 from efficap.data.caption_data import CaptionData
 from efficap.data.mix import MixedDataModule
 from efficap.errors import InputError
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
@@ -136,6 +136,8 @@ class RunDirectory:
             captioner.compile_decoding()
         elif packed:
             captioner.pack_weights()
+        elif precision != torch.float32:
+            captioner.decoder.keep_head()
         return captioner
 
     def decoding(self, changes: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ shard of that name for done, and for ever one that was not whole yet.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from efficap.errors import InputError
+from efficap.files import replacing, unfinished
 
 _METADATA = b"efficap.captions"  # in the Parquet file: the origin, as JSON
 _SCHEMA = pa.schema(
@@ -79,13 +79,11 @@ def is_done(folder: Path, tar: Path) -> bool | None:
 
 def write_results(folder: Path, tar: Path, origin: Origin, rows: list[dict[str, Any]]) -> None:
     """The lines first, the Parquet last: what it says of its origin means that the shard is done."""
-    temporary = folder / f".{tar.stem}.{os.getpid()}"
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    temporary.write_text(lines, encoding="utf-8")
-    os.replace(temporary, folder / f"{tar.stem}.jsonl")
+    with replacing(folder / f"{tar.stem}.jsonl") as file:
+        file.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode())
     schema = _SCHEMA.with_metadata({_METADATA: json.dumps(asdict(origin))})
-    pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
-    os.replace(temporary, _results(folder, tar))
+    with unfinished(_results(folder, tar)) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema), temporary)
 
 
 def _results(folder: Path, tar: Path) -> Path:

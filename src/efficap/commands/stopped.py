@@ -11,6 +11,7 @@ from efficap.commands.faults import dead_loader
 from efficap.commands.placement import used_precision
 from efficap.commands.resume import has_checkpoint
 from efficap.errors import InputError
+from efficap.launch import launch
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.memory import is_out_of_memory
 
@@ -37,7 +38,9 @@ def way_on(run_dir: Path) -> str:
     """How a training that has ended early goes on."""
     if not has_checkpoint(run_dir):
         return "there is no checkpoint yet: start anew"
-    return f"python train.py resume={run_dir} goes on from the latest checkpoint"
+    own = launch()
+    how = "python" if own.by is None else f"{own.by} with as many processes:"
+    return f"{how} train.py resume={run_dir} goes on from the latest checkpoint"
 
 
 def _out_of_memory(cfg: dict[str, Any], run_dir: Path) -> str:

@@ -75,6 +75,8 @@ class Subject:
             assert first.references is not None
             forms = [batch.images.to(self.device) for batch in batches]
             yield Ensemble.pack(forms) if self.runs else forms[0], first.image_ids, first.references
+        for data in self.forms:
+            data.end()
 
 
 def open_run(cfg: dict[str, Any]) -> Subject:

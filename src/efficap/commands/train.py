@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 
-from efficap.commands.faults import check_writable
+from efficap.commands.faults import FOR_RUNS, FOR_SWEEPS, check_writable
 from efficap.commands.fit import fit, make_ready
 from efficap.commands.init_from import load_from
 from efficap.commands.job import recorded
@@ -28,6 +28,7 @@ from efficap.commands.schema import MODEL, OPTIMIZER, STAGE, TRAIN, check_data
 from efficap.commands.settings import resolved_settings
 from efficap.commands.stages import naming, stages_of
 from efficap.commands.stopped import way_on
+from efficap.commands.sweep import is_sweep_job
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
 from efficap.data.caption_data import CaptionData
 from efficap.decoding import build_decoding
@@ -58,6 +59,8 @@ def train(cfg: dict[str, Any]) -> Path:
     check_form(cfg["model"], MODEL, "model.", exact=True)
     join(gpu=cfg["trainer"]["accelerator"] != "cpu" and torch.cuda.is_available())
     asked = Path(cfg["output_dir"])
+    if is_sweep_job() and "/" in cfg["name"]:
+        raise InputError(f"name={cfg['name']} must be without / in a sweep, where each job is a folder")
     with recorded(asked):
         resolved, init_from, resumed, finished = from_first(lambda: _settings(cfg, asked))
         if finished:
@@ -95,11 +98,31 @@ def check_settings(cfg: dict[str, Any]) -> None:
     check_form(cfg["optimizer"], OPTIMIZER, "optimizer.", exact=True)
     if cfg["data"].get("_target_") in DATA_MODULES:  # one of the user's own knows its settings
         check_data(cfg["data"])
+    _check_validation(cfg["data"])
     check_trainer(cfg["trainer"])
     check_processes(cfg["trainer"])
     check_sharding(cfg)
     check_optimizer(**cfg["optimizer"])
     check_objective(cfg["training"], frozen=cfg["model"]["encoder"]["frozen"])
+
+
+def _check_growing(cfg: dict[str, Any]) -> None:
+    start_size, image_size = cfg["training"].get("start_size"), cfg["model"]["image_size"]
+    if start_size is not None and start_size >= image_size:
+        raise InputError(
+            f"training.start_size={start_size} must be below model.image_size={image_size}, to which pictures grow; "
+            "null: no growing"
+        )
+
+
+def _check_validation(data: dict[str, Any]) -> None:
+    sources, name, where = data.get("sources"), data.get("evaluate_on"), "data"
+    if isinstance(sources, dict) and isinstance(sources.get(name), dict):
+        data, where = sources[name], f"data.sources.{name}"
+    if "val_shards" in data and data["val_shards"] is None:
+        raise InputError(
+            f"{where}.val_shards is not given: add {where}.val_shards=SHARDS, which are not learned from"
+        )
 
 
 def best_score(run_dir: Path) -> float | None:
@@ -113,13 +136,16 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     run_dir, stages = Path(cfg["output_dir"]), stages_of(cfg)
     check_accelerator("trainer.accelerator", cfg["trainer"]["accelerator"])
     if is_first():
-        check_writable(run_dir)
+        copied = "copy it to a disk that can be written, and resume=COPY goes on there"
+        check_writable(run_dir, copied if resumed else FOR_SWEEPS if is_sweep_job() else FOR_RUNS)
         check_java()
         say_if_slow(cfg["trainer"])
     decoding = build_decoding(cfg["decoding"])
     for name, settings in stages.items():
         with naming(name):
             check_settings(settings)
+            if not resumed:  # earlier ones may have it
+                _check_growing(settings)
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
@@ -127,22 +153,49 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
     if checkpoint:
         check_limits(checkpoint, stages[stage.name]["trainer"])
-    data = _data(stages)
-    tokenizer = from_first(lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from))
-    for its_data, name in _owners(data).items():
-        with naming(name):
-            its_data.prepare(tokenizer, **preprocessing(cfg["model"]), splits=["train", "val"])
-    captioner = build_model(cfg["model"], tokenizer.vocab_size)
-    _check_length(captioner, "decoding.max_tokens", decoding.max_tokens)
-    for name in stages:
-        with naming(name):
-            _check_length(captioner, "data.max_tokens", data[name].max_tokens)
+    with contextlib.ExitStack() as held:
+        from_first(lambda: held.enter_context(begun(run_dir)))
+        data = _data(stages)
+        tokenizer = from_first(
+            lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from), "the tokenizer"
+        )
+        for its_data, name in _owners(data).items():
+            with naming(name):
+                its_data.prepare(tokenizer, **preprocessing(cfg["model"]), splits=["train", "val"])
+        captioner = build_model(cfg["model"], tokenizer.vocab_size)
+        _check_length(captioner, "decoding.max_tokens", decoding.max_tokens)
+        for name in stages:
+            with naming(name):
+                _check_length(captioner, "data.max_tokens", data[name].max_tokens)
+        _load(captioner, cfg, tokenizer, init_from, checkpoint)
+        make_ready(captioner, stages[stage.name], data[stage.name])
+        log = log_until(resumed, checkpoint) if resumed and checkpoint else None
+        if is_first():
+            write_run(run_dir, {**cfg, "resume": None}, tokenizer)
+        with _ending(run_dir):
+            loggers = build_loggers(cfg, run_dir, log)
+            with losses_named():
+                fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
+    log_artifact(cfg["logger"], run_dir)
+    finish_wandb(exit_code=0)
+    print(f"run directory: {run_dir}")
+
+
+def _load(
+    captioner: CaptionModel,
+    cfg: dict[str, Any],
+    tokenizer: CaptionTokenizer,
+    init_from: RunDirectory | None,
+    checkpoint: Path | None,
+) -> None:
+    """Give a new captioner the weights that the training begins or goes on with, and make it ready to learn."""
     if checkpoint:
         _load_checkpoint(captioner, checkpoint)  # features are looked up by them
     elif init_from:
         load_from(init_from, captioner, tokenizer)
     else:
-        load_pretrained_parts(captioner, cfg["model"])
+        with first_alone("download the weights"):
+            load_pretrained_parts(captioner, cfg["model"])
     if world_size() > 1 and choose_device(cfg["trainer"]["accelerator"]).type == "cuda":
         captioner.encoder.share_statistics()
     if cfg["gradient_checkpointing"]:
@@ -150,32 +203,27 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     if cfg["compile"]:
         captioner.compile_parts()
 
-    make_ready(captioner, stages[stage.name], data[stage.name])
-    log = log_until(resumed, checkpoint) if resumed and checkpoint else None
-    with contextlib.ExitStack() as held:
-        from_first(lambda: held.enter_context(begun(run_dir)))
+
+@contextlib.contextmanager
+def _ending(run_dir: Path) -> Iterator[None]:
+    """Let a training that a signal stops, or that fails, say how it goes on, and close W&B's run."""
+    try:
+        yield
+    except Stopped as stopped:
+        finish_wandb(exit_code=stopped.exit_status)
         if is_first():
-            write_run(run_dir, {**cfg, "resume": None}, tokenizer)
-        try:
-            loggers = build_loggers(cfg, run_dir, log)
-            with losses_named():
-                fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
-        except Stopped as stopped:
-            finish_wandb(exit_code=stopped.exit_status)
-            if is_first():
-                print(f"stopped by {stopped}; {way_on(run_dir)}", file=sys.stderr)
-            leave()
-            if stopped.by_slurm and launch().rank == 0:
-                requeue()
-            sys.exit(stopped.exit_status)
-        except BaseException as error:
-            finish_wandb(exit_code=1)
-            if isinstance(error, KeyboardInterrupt | SystemExit):  # Lightning makes the one of the other
-                print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
-            raise
-    log_artifact(cfg["logger"], run_dir)
-    finish_wandb(exit_code=0)
-    print(f"run directory: {run_dir}")
+            print(f"stopped by {stopped}; {way_on(run_dir)}", file=sys.stderr)
+        leave()
+        if stopped.by_slurm and launch().rank == 0:
+            requeue()
+        sys.exit(stopped.exit_status)
+    except BaseException as error:
+        finish_wandb(exit_code=1)
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            print(f"interrupted; what was kept until then: {run_dir}", file=sys.stderr)
+        if isinstance(error.__context__, KeyboardInterrupt):  # of which Lightning makes a SystemExit
+            raise KeyboardInterrupt from None
+        raise
 
 
 def _load_checkpoint(captioner: CaptionModel, checkpoint: Path) -> None:

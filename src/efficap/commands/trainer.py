@@ -67,6 +67,7 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             raise InputError(f"trainer.{key}={value} must be DD:HH:MM:SS, as 00:08:00:00 for eight hours")
         if value is not None and not re.search("[1-9]", str(value)):
             raise InputError(f"trainer.{key}={value} must be above 0; null: {null}")
+    _check_interval(trainer)
     if trainer["precision"] not in _PRECISIONS:
         raise InputError(
             f"trainer.precision={trainer['precision']} must be {', '.join(filter(None, _PRECISIONS))}, or null for "
@@ -76,6 +77,21 @@ def check_trainer(trainer: dict[str, Any]) -> None:
         raise InputError(
             f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']}: leave it out; "
             "trainer.gradient_clip_val clips the norm, optimizer.clip_value each element"
+        )
+
+
+def _check_interval(trainer: dict[str, Any]) -> None:
+    interval = trainer.get("val_check_interval")
+    if not isinstance(interval, float):
+        return
+    if interval > 1:
+        raise InputError(
+            f"trainer.val_check_interval={interval} must be a whole number of batches, or a share of an epoch up to 1.0"
+        )
+    if trainer.get("check_val_every_n_epoch", 1) is None:
+        raise InputError(
+            f"trainer.val_check_interval={interval} is a share of an epoch, and trainer.check_val_every_n_epoch=null "
+            "counts batches over the whole training; give a whole number of them"
         )
 
 
@@ -130,7 +146,10 @@ def build_trainer(
         )
     except (TypeError, ValueError, MisconfigurationException) as error:
         raise InputError(f"trainer: Lightning does not take these settings: {error}") from error
-    trainer.fit_loop.epoch_loop._batches_that_stepped = first_step
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = first_step
+    # Before each batch Lightning's waits for the device, to tell of a signal that `ResumePoint` hears in its place.
+    loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
     return trainer
 
 

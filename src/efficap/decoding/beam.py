@@ -129,9 +129,10 @@ class Beam(Decoding):
             )
             is_open &= self._may_improve(running, finished, length + 1 - prompt, prompt)
             open_images = is_open.view(-1, groups).any(dim=1)  # (B,)
-            last = length + 1 == self.max_tokens or not bool(open_images.any())
+            still = int(open_images.sum())
+            last = length + 1 == self.max_tokens or not still
             keep = None
-            if last or bool((~open_images).sum() * 8 >= len(open_images)):  # copying what stays has its price
+            if last or (len(open_images) - still) * 8 >= len(open_images):  # copying what stays has its price
                 closed = torch.ones_like(open_images) if last else ~open_images
                 results.put(place[closed], finished.of_images(closed, groups))
                 if last:

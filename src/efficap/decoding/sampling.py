@@ -62,9 +62,11 @@ class _Independent(Decoding):
             gains[place, :, length] = torch.where(live, gain, 0.0)
             running[place] = live & (words != eos_id)
             goes_on = running[place].any(dim=1)  # (B',)
-            if length + 1 == self.max_tokens or not bool(goes_on.any()):
+            still = int(goes_on.sum())
+            if length + 1 == self.max_tokens or not still:
                 break
-            keep = None if bool(goes_on.all()) else goes_on.nonzero()[:, 0]
+            # Copying what stays has its price.
+            keep = None if (len(place) - still) * 8 < len(place) else goes_on.nonzero()[:, 0]
             parents = self._parents(len(place), samples, first=length == prompt, keep=keep, device=device)
             place = place if keep is None else place[keep]
             logits = step(tokens[place, :, length].flatten(), parents, keep).float()

@@ -1,4 +1,4 @@
-"""The whole model in one file: EfficientNet, bridge and GPT-2.
+"""The whole model: EfficientNet, bridge and GPT-2 in one forward.
 
 B images, K captions of each, T tokens, N latent positions, D width, V vocabulary.
 """
@@ -78,7 +78,7 @@ class CaptionModel(nn.Module):
         for layer in self.modules():
             if isinstance(layer, Linear):
                 layer.pack()
-        self.decoder.pack_head()
+        self.decoder.keep_head(pack=True)
 
     def compile_decoding(self) -> None:
         """From now on decode through torch.compile, with the same shapes in every batch and step: all is compiled once.
@@ -87,6 +87,7 @@ class CaptionModel(nn.Module):
         """
         self.encoder.compile(dynamic=False)
         self.bridge.compile(dynamic=False)
+        self.decoder.keep_head()
         self._compiled_step = torch.compile(self.decoder.step, dynamic=False)
 
     def encode(self, images: Tensor) -> Tensor:

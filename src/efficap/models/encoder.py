@@ -147,9 +147,17 @@ class ImageEncoder(nn.Module):
         """Load ImageNet weights: timm's own for `name` from the hub, or `file` (.safetensors or .pth).
 
         Raises:
-            InputError: no such weights, no such file, or no network.
+            InputError: no such weights, no such file, no network, or weights of another model.
         """
-        self.backbone.load_state_dict(_pretrained_weights(name, file))
+        weights, where = _pretrained_weights(name, file)
+        try:
+            self.backbone.load_state_dict(weights)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split()[:40])
+            raise InputError(
+                f"{where}: its weights are not those of {name.partition('.')[0]}, or have other names ({reason} …); "
+                f"{_WAY_OUT}"
+            ) from error
 
     def freeze(self, frozen: bool) -> None:
         """Keep weights and BatchNorm's statistics as they are, or, with False, let them learn."""
@@ -199,23 +207,25 @@ class ImageEncoder(nn.Module):
             return self.backbone.forward_features(x)  # (B, C, h, w)
 
 
-def _pretrained_weights(name: str, file: str | None) -> dict[str, Tensor]:
+def _pretrained_weights(name: str, file: str | None) -> tuple[dict[str, Tensor], str]:
+    """Weights without the classifier's, and where they come from."""
+    file = None if file is None else str(Path(file).expanduser())
     if file is not None and not Path(file).is_file():
         raise InputError(f"model.encoder.weights_file={file} does not exist")
     if file is None and not timm.is_model_pretrained(name):
         raise InputError(f"model.encoder.name={name}: timm publishes no weights for it; {_WAY_OUT}")
-    overlay = {"file": file or _from_hub(name), "hf_hub_id": None, "url": ""}
+    where = f"model.encoder.weights_file={file}" if file else f"model.encoder.name={name}"
     try:
-        # timm adapts the first convolution and drops the classifier while it loads, so it is built once more here.
         # It reads pickles with weights_only, so that none of them runs.
-        source = timm.create_model(name, pretrained=True, num_classes=0, pretrained_cfg_overlay=overlay)
+        weights = timm.models.load_state_dict(file or _from_hub(name))
+        return {key: value for key, value in weights.items() if not key.startswith("classifier.")}, where
+    except InputError:
+        raise
     except Exception as error:  # torch, safetensors and timm raise their own
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         if "weights_only" in reason:
             reason = "it holds more than weights and is not trusted"
-        where = f"model.encoder.weights_file={file}" if file else f"model.encoder.name={name}"
         raise InputError(f"{where}: cannot load pretrained weights ({reason}); {_WAY_OUT}") from error
-    return dict(source.state_dict())
 
 
 def _from_hub(name: str) -> str:

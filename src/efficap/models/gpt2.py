@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from efficap.errors import InputError
 from efficap.models.attention import attention
 from efficap.models.cache import DecodingCache, KeyValue
-from efficap.models.linear import Linear, linear, packed
+from efficap.models.linear import Linear, centred, linear, packed
 from efficap.models.packing import Packing
 
 
@@ -71,7 +71,7 @@ class GPT2(nn.Module):
         self.ln_f = nn.LayerNorm(n_embd, layer_norm_epsilon)
         self.empty_slot = empty_slot
         self.gradient_checkpointing = False
-        self._packed_head: Tensor | None = None
+        self._head: tuple[Tensor, Tensor | None] | None = None  # in place of the embedding, see `keep_head`
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -90,9 +90,19 @@ class GPT2(nn.Module):
             nn.init.zeros_(block.crossattention.c_proj.weight)
             nn.init.zeros_(block.crossattention.c_proj.bias)
 
-    def pack_head(self) -> None:
-        """Keep the embedding once more as the output layer's weight, in the order in which it is multiplied fastest."""
-        self._packed_head = packed(self.wte.weight)
+    def keep_head(self, dtype: torch.dtype | None = None, *, pack: bool = False) -> None:
+        """Keep the embedding once more, as the output layer's weight, until `drop_head`; no gradient comes to it.
+
+        Args:
+            dtype: that logits are computed in, the weights' own if None; see `centred`.
+            pack: in the order in which a CPU multiplies it fastest.
+        """
+        weight = self.wte.weight.detach()
+        weight, common = centred(weight, dtype or weight.dtype)
+        self._head = packed(weight) if pack else weight, common
+
+    def drop_head(self) -> None:
+        self._head = None
 
     def project_memory(self, memory: Tensor) -> list[KeyValue]:
         """Project the (B, N, D) memory to each layer's (B, H, N, d) keys and values, once for all rows."""
@@ -143,7 +153,9 @@ class GPT2(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Map (…, D) hidden states to (…, V) logits by the tied embedding."""
-        return linear(hidden, self.wte.weight if self._packed_head is None else self._packed_head)
+        weight, common = self._head or (self.wte.weight, None)
+        logits = linear(hidden, weight)
+        return logits if common is None else logits.float() + (hidden.float() * common).sum(-1, keepdim=True)
 
     def step(self, ids: Tensor, cache: DecodingCache) -> Tensor:
         """Feed each row's newest token, (R,), for which `cache` has room; returns the (R, V) logits of the next one."""
@@ -228,9 +240,10 @@ class CrossAttention(nn.Module):
     def weights(self, x: Tensor, k: Tensor) -> Tensor:
         """What `forward` weighs the values by: (R, H, T, N)."""
         images, heads, _, d = k.shape
-        q = self.q_attn(x).view(images, -1, x.shape[1], heads, d).transpose(2, 3)  # (B, G, H, T, d)
-        scores = q @ k.transpose(-1, -2)[:, None] / math.sqrt(d)  # (B, G, H, T, N)
-        return scores.softmax(dim=-1).flatten(0, 1)
+        q = self.q_attn(x).view(images, -1, heads, d).transpose(1, 2)  # (B, H, G*T, d)
+        scores = q @ k.transpose(-1, -2) / math.sqrt(d)  # (B, H, G*T, N)
+        weights = scores.softmax(dim=-1).unflatten(2, (-1, x.shape[1]))  # (B, H, G, T, N)
+        return weights.transpose(1, 2).flatten(0, 1)
 
     def forward(self, x: Tensor, memory: KeyValue, packing: Packing | None = None) -> Tensor:
         k, v = memory  # (B, H, N, d)

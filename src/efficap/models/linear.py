@@ -4,7 +4,7 @@ torch leaves those of float32 to MKL, which on AMD's processors makes no use of 
 convolutions, was seen to be twice as fast there (docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding
 multiplies few rows by the same weights again and again, whose order oneDNN changes each time unless it was done before.
 
-R rows, I inputs, O outputs.
+R rows, I inputs, O outputs; V words, D width.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+WORDS = 4096  # at most, of a vocabulary, whose mean stands for that of all
+CACHED = 2**20  # elements that a core's cache holds
 ROWS = 64  # of a decoding's step, about; a packed weight's order is right for any number
 
 
@@ -46,6 +48,25 @@ def packed(weight: Tensor) -> Tensor:
         return weight
     reordered: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, ROWS)
     return reordered
+
+
+def centred(weight: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """An output layer's (V, D) weight for a `dtype` that rounds: without what its words have in common.
+
+    GPT-2's logits lie around -100, where bfloat16 knows steps of half a nat. To take the same (D,) from every word's
+    weight takes the same from all logits: it changes no probability, and leaves them where the steps are small.
+
+    Returns:
+        The weight in `dtype`, and what was taken, in float32; None where `dtype` has at least 32 bits.
+    """
+    if torch.finfo(dtype).bits >= 32:
+        return weight.to(dtype), None
+    common = weight[:: -(-len(weight) // WORDS)].float().mean(dim=0)  # (D,)
+    rest = torch.empty_like(weight, dtype=dtype)
+    rows = len(weight) if weight.is_cuda else max(1, CACHED // weight.shape[1])
+    for part, whole in zip(rest.split(rows), weight.split(rows), strict=True):
+        torch.sub(whole, common, out=part)
+    return rest, common
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -13,6 +13,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import Callback
 from PIL import Image
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
+from efficap.ranks import world_size
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.module import CaptionModule, gradient_norm, whole
 from efficap.training.resume_point import ResumePoint
@@ -78,6 +80,7 @@ class BadSteps(Callback):
         self._told = int(self.metrics.bad_steps)
         self._statistics = BatchNormStatistics(pl_module)
         device = pl_module.device
+        self.metrics.bad_steps = self.metrics.bad_steps.to(device)
         self._in_a_row, self._most_in_a_row, self._last = (
             count.to(device) for count in (self._in_a_row, self._most_in_a_row, self._last)
         )
@@ -106,7 +109,9 @@ class BadSteps(Callback):
         if self._loss_is_bad is not None:
             bad = bad | self._loss_is_bad
         # A rank whose own batch is good must leave the step out with the others.
-        bad = trainer.strategy.reduce(bad.float(), reduce_op="max")
+        bad = bad.float()
+        if world_size() > 1:
+            dist.all_reduce(bad, dist.ReduceOp.MAX)  # without a barrier, as Lightning's strategy has it
 
         if optimizer.defaults["fused"]:
             optimizer.found_inf = bad  # type: ignore[attr-defined]  # its kernel then does nothing
@@ -131,8 +136,15 @@ class BadSteps(Callback):
         batch_idx: int,
     ) -> None:
         due = trainer.is_last_batch or trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if not due or self._is_begun:  # or in the middle of a step
-            return
+        if due and not self._is_begun:  # not in the middle of a step
+            self._look()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._look()
+        self.resume_point.raise_failure()
+
+    def _look(self) -> None:
+        """Read the counts, which waits for the device, and tell what they say."""
         most, last, total = torch.stack([self._most_in_a_row, self._last, self.metrics.bad_steps]).tolist()
         if total > self._told:
             warnings.warn(

@@ -16,14 +16,16 @@ from lightning.pytorch.loggers import WandbLogger
 from PIL import Image
 from torch import Tensor
 
+from efficap.evaluation.gallery import THUMBNAIL, GalleryItem, load_picture, write_gallery
 from efficap.evaluation.pictures import PictureRecord, write_pictures
-from efficap.evaluation.report import GalleryItem, write_gallery
 from efficap.models.weights import save_weights
 from efficap.ranks import largest
 from efficap.training.module import CaptionModule
 from efficap.training.progress import SAMPLES_FILE
 from efficap.training.resume_point import others_let_go
 from efficap.training.writing import only_warning, or_the_end
+
+SAMPLES = 24  # pictures of a page of samples, always the same ones
 
 
 class ProgressBar(RichProgressBar):
@@ -135,7 +137,6 @@ class SampleCaptions(Callback):
         run_dir: pages go to its folder ``samples``.
         pictures: gives the picture of an image id.
         first_step: steps of the stages before.
-        count: pictures a page, always the same ones.
     """
 
     def __init__(
@@ -144,16 +145,15 @@ class SampleCaptions(Callback):
         pictures: Callable[[str], Path | Image.Image],
         *,
         first_step: int,
-        count: int = 24,
     ) -> None:
-        self.run_dir, self.pictures, self.first_step, self.count = run_dir, pictures, first_step, count
+        self.run_dir, self.pictures, self.first_step = run_dir, pictures, first_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or self.count < 1:
+        if trainer.sanity_checking or not trainer.is_global_zero:
             return
         assert isinstance(pl_module, CaptionModule)
-        stride = max(1, len(pl_module.predictions) // self.count)
-        chosen = list(itertools.islice(pl_module.predictions, 0, stride * self.count, stride))
+        stride = max(1, len(pl_module.predictions) // SAMPLES)
+        chosen = list(itertools.islice(pl_module.predictions, 0, stride * SAMPLES, stride))
         cider, step = float(trainer.callback_metrics["val/CIDEr"]), self.first_step + trainer.global_step
         with only_warning("sample captions"):
             items = [
@@ -176,14 +176,22 @@ class SampleCaptions(Callback):
 
 
 def _log_table(logger: WandbLogger, items: list[GalleryItem]) -> None:
-    import wandb
-
     rows = [
         [
-            wandb.Image(str(item.image) if isinstance(item.image, Path) else item.image),
+            _small(item.image),
             item.caption,
             "\n".join(item.references),
         ]
         for item in items
     ]
     logger.log_table("val/samples", columns=["image", "caption", "references"], data=rows)
+
+
+def _small(image: Path | Image.Image) -> Any:
+    """A picture for W&B without what its file tells besides, such as where it was taken; None: it cannot be read."""
+    import wandb
+
+    try:
+        return wandb.Image(load_picture(image, THUMBNAIL))
+    except OSError:
+        return None

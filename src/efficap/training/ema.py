@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+from torch import nn
 
 from efficap.errors import InputError
 
@@ -24,19 +24,30 @@ class ExponentialMovingAverage(WeightAveraging):
 
     def __init__(self, decay: float) -> None:
         check_decay(decay)
-
-        def average(averaged: list[Tensor], current: list[Tensor], count: Tensor) -> None:
-            n = float(count)
-            if averaged[0].is_floating_point():
-                torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
-            else:  # BatchNorm's count of batches
-                torch._foreach_copy_(averaged, current)
-
-        super().__init__(multi_avg_fn=average)
+        super().__init__()
+        self.decay = decay
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._device = trainer.strategy.root_device  # the model itself is moved there only later
         super().setup(trainer, pl_module, stage)
+        if self._average_model is not None:
+            # torch's own way reads the count of averaged steps, and would wait for the device at each step.
+            self._average_model.n_averaged = self._average_model.n_averaged.cpu()
+            self._average_model.update_parameters = self._update  # type: ignore[method-assign]
+
+    @torch.no_grad()
+    def _update(self, model: nn.Module) -> None:
+        assert self._average_model is not None
+        n = int(self._average_model.n_averaged)
+        share = 1 - min(self.decay, (1 + n) / (10 + n)) if n else 1.0  # of the weights of now
+        averaged = [*self._average_model.module.parameters(), *self._average_model.module.buffers()]
+        current = [*model.parameters(), *model.buffers()]
+        moving = [pair for pair in zip(averaged, current, strict=True) if pair[0].is_floating_point()]
+        counts = [pair for pair in zip(averaged, current, strict=True) if not pair[0].is_floating_point()]
+        torch._foreach_lerp_([pair[0] for pair in moving], [pair[1] for pair in moving], share)
+        if counts:  # of BatchNorm's batches
+            torch._foreach_copy_([pair[0] for pair in counts], [pair[1] for pair in counts])
+        self._average_model.n_averaged += 1
 
 
 def check_decay(decay: float) -> None:

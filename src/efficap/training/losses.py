@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
-from efficap.models.linear import linear
+from efficap.models.linear import centred, linear
 from efficap.ranks import summed, world_size
 from efficap.training.augment import choose_hidden, drop_tokens, hide_words, read_once
 
@@ -113,7 +113,7 @@ def shared_loss(mean: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """
     if world_size() == 1:
         return mean, mean
-    total, count = summed(torch.stack([tokens * mean.detach(), mean.new_tensor(tokens)]))
+    total, count = summed(torch.stack([tokens * mean.detach(), mean.new_full((), tokens)]))
     return mean * (tokens * world_size() / count), total / count
 
 
@@ -127,7 +127,7 @@ class _SummedCrossEntropy(Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
-        weight = head.to(hidden.dtype)
+        weight, _ = centred(head, hidden.dtype)
         total = torch.zeros((), device=hidden.device)
         of_hidden: list[Tensor] = []
         of_head = torch.empty_like(head)

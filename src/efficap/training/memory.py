@@ -44,7 +44,7 @@ def bytes_per_picture(captioner: CaptionModel, decoding: Decoding, image: Tensor
     def count(module: nn.Module, inputs: tuple[object, ...], output: object) -> None:
         nonlocal largest
         tensors = [tensor for tensor in (*inputs, output) if isinstance(tensor, Tensor)]
-        taken = sum(t.numel() * t.element_size() for t in tensors)  # compiled, torch 2.11 cannot tell nbytes
+        taken = sum(t.numel() * t.element_size() for t in tensors)
         largest = max(largest, taken)
 
     encoding = _Encoding(captioner)
@@ -55,7 +55,8 @@ def bytes_per_picture(captioner: CaptionModel, decoding: Decoding, image: Tensor
     }
     hooks = [module.register_forward_hook(count) for module in captioner.modules()]
     try:
-        memory = torch.func.functional_call(encoding, without_storage, image.to("meta"))  # (1, N, D)
+        with torch.compiler.set_stance("force_eager"):  # what is compiled, for a device and not for none
+            memory = torch.func.functional_call(encoding, without_storage, image.to("meta"))  # (1, N, D)
     finally:
         for hook in hooks:
             hook.remove()

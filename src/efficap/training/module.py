@@ -25,12 +25,13 @@ from efficap.models.captioner import CaptionModel
 from efficap.ranks import agreed, from_first, summed, to_first
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.augment import STEP, growing_size, resized
-from efficap.training.losses import batch_loss, shared_loss
+from efficap.training.losses import batch_loss, memory_loss, shared_loss
 from efficap.training.optim import build_optimizer
 from efficap.training.sharding import bring_together, shard
 from efficap.training.writer import CaptionWriter
 
 VALIDATION_METRICS = ("BLEU", "CIDEr")  # METEOR alone takes longer to start than these take
+_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}  # what products are rounded to
 
 
 class CaptionModule(pl.LightningModule):
@@ -120,19 +121,29 @@ class CaptionModule(pl.LightningModule):
         self._loss = torch.zeros(2, device=self.device)
         if self._device_mesh is not None:
             bring_together(self.captioner, True)
+        if (half := _HALF.get(str(self.trainer.precision))) is not None:
+            self.captioner.decoder.keep_head(half)
 
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
         if self.predictions.keys() >= set(batch.image_ids):
             return  # it stands for one of which nothing could be read
-        loss, tokens = batch_loss(self.captioner, batch, label_smoothing=0.0), len(batch.places)
-        self._loss += torch.stack([tokens * loss, loss.new_tensor(tokens)])
+        memories: dict[
+            str, Tensor
+        ] = {}  # (N, D) of each picture, which is encoded once for captions and loss
+        self.writer.on_encoded = lambda ids, memory: memories.update(zip(ids, memory, strict=True))
         written = self.writer.write(batch.images, batch.image_ids)
+        memory = torch.stack([memories[image_id] for image_id in batch.image_ids])  # (B, N, D)
+        read = batch.tokens[..., :-1]
+        loss = memory_loss(self.captioner, memory, read, batch.places, batch.targets, label_smoothing=0.0)
+        tokens = len(batch.places)
+        self._loss += torch.stack([tokens * loss, loss.new_full((), tokens)])
         assert batch.references is not None
         captions = (best.text for best, *_ in written)
         self.predictions |= dict(zip(batch.image_ids, captions, strict=True))
         self.references |= dict(zip(batch.image_ids, batch.references, strict=True))
 
     def on_validation_epoch_end(self) -> None:
+        self.captioner.decoder.drop_head()
         if self._device_mesh is not None:
             bring_together(self.captioner, False)
         total, tokens = summed(self._loss)

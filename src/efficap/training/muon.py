@@ -5,6 +5,7 @@ O rows of a matrix, or channels of a convolution; I columns, or inputs and place
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -45,6 +46,13 @@ class Muon(torch.optim.Optimizer):
         # "fused" tells who leaves out a bad step that there is no kernel which does so by itself.
         defaults = {"betas": betas, "eps": eps, "momentum": momentum, "is_orthogonal": False, "fused": False}
         super().__init__(groups, defaults)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimiser's; torch leaves steps on the CPU unless they are a fused kernel's of its own."""
+        super().load_state_dict(state_dict)
+        for parameter, state in self.state.items():
+            if "step" in state:
+                state["step"] = state["step"].to(parameter.device, torch.float32)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -114,7 +122,12 @@ def _alike(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def _product_dtype(x: Tensor) -> torch.dtype:
     """bfloat16 is exact enough for `orthogonal`."""
-    return torch.bfloat16 if x.is_cuda or cpu_has_bfloat16() else torch.float32
+    return torch.bfloat16 if (_gpu_has_bfloat16() if x.is_cuda else cpu_has_bfloat16()) else torch.float32
+
+
+@functools.cache
+def _gpu_has_bfloat16() -> bool:
+    return torch.cuda.is_bf16_supported(including_emulation=False)
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from inspect import Parameter, signature
 from typing import Any
 
 from efficap.data.caption_data import CaptionData
@@ -17,27 +18,13 @@ from efficap.training.module import CaptionModule
 from efficap.training.reward import caption_reward
 from efficap.training.self_critical import SelfCriticalModule
 
-_OPTIONS = {
-    "cross_entropy": (
-        "label_smoothing",
-        "token_dropout",
-        "hidden_captions",
-        "start_size",
-        "unfreeze_encoder_at",
-    ),
-    "scst": ("samples", "sampling", "baseline", "temperature", "lr_scale", "cross_entropy"),
-}
-_OF_ALL = ("objective", "ema_decay", "max_bad_steps")
-_LATER = (
-    "max_bad_steps",
-    "hidden_captions",
-    "cross_entropy",
-    "sampling",
-)  # runs of earlier versions lack them
+# The options of each objective are what its check takes; runs from before one was there lack those with a default.
 _CHECKS: dict[str, Callable[..., None]] = {
     "cross_entropy": module.check_settings,
     "scst": self_critical.check_settings,
 }
+_OPTIONS = {objective: signature(check).parameters for objective, check in _CHECKS.items()}
+_OF_ALL = ("objective", "ema_decay", "max_bad_steps")
 
 
 def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
@@ -60,7 +47,8 @@ def check_objective(training: Mapping[str, Any], *, frozen: bool) -> None:
                 f"training.{name}={value} is no option of training={objective}, which takes {', '.join(taken)}; "
                 "remove it or choose another objective"
             )
-    missing = [name for name in taken if name not in training and name not in _LATER]
+    needed = [name for name, option in _OPTIONS[objective].items() if option.default is Parameter.empty]
+    missing = [name for name in (*needed, "ema_decay") if name not in training]
     if missing:
         raise InputError(
             f"training.{missing[0]} is missing; conf/training/{objective}.yaml has a default: choose it by "

@@ -105,7 +105,7 @@ def build_optimizer(
     final_lr: float,
     fused: bool,
     matrix_lr: float | None = None,
-    momentum: float = 0.95,
+    momentum: float | None = None,
 ) -> tuple[torch.optim.Optimizer, LambdaLR]:
     """AdamW, or Muon, with linear warm-up and a cosine over the rest of the training.
 
@@ -125,16 +125,20 @@ def build_optimizer(
         weight_decay=weight_decay,
         layer_decay=layer_decay,
         matrix_lr=matrix_lr,
-        momentum=None if matrix_lr is None else momentum,
+        momentum=momentum,
     )
     groups = parameter_groups(
         captioner, lr=lr, weight_decay=weight_decay, layer_decay=layer_decay, matrix_lr=matrix_lr
     )
     optimizer: torch.optim.Optimizer
     if matrix_lr is None:
-        optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused)
+        # None, and not False, lets torch take its second fastest.
+        optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused or None)
     else:
+        assert momentum is not None
         optimizer = Muon(groups, betas=(betas[0], betas[1]), eps=eps, momentum=momentum)
+
+    optimizer.register_load_state_dict_pre_hook(_keep_kernel)
 
     @functools.lru_cache(maxsize=1)  # each group asks for the same step
     def share_of_peak(step: int) -> float:
@@ -144,6 +148,12 @@ def build_optimizer(
 
     # A plain function: of any other callable LambdaLR's state would take the insides.
     return optimizer, LambdaLR(optimizer, lambda step: share_of_peak(step))
+
+
+def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state for the kernel of now: with another precision it may be another one."""
+    groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state_dict["param_groups"]]
+    return {**state_dict, "param_groups": groups}
 
 
 def check_optimizer(
@@ -173,6 +183,10 @@ def check_optimizer(
         raise InputError(
             f"optimizer.momentum={momentum} is Muon's, and optimizer.matrix_lr is not given: choose optimizer=muon, or "
             "optimizer.betas, AdamW's own"
+        )
+    if momentum is None and matrix_lr is not None:
+        raise InputError(
+            f"optimizer.matrix_lr={matrix_lr} is Muon's, and optimizer.momentum is not given: choose optimizer=muon"
         )
     if momentum is not None and not 0 <= momentum < 1:
         raise InputError(f"optimizer.momentum={momentum} must be at least 0 and below 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import os
 import time
 from collections.abc import Iterator
@@ -21,15 +22,25 @@ LOCK_FILE = "training.lock"
 def begun(run_dir: Path) -> Iterator[None]:
     """Have a run directory, made where it is not there, for one's own for so long, and let others see it.
 
+    Where nothing is put into it, it goes again.
+
     Raises:
         InputError: another process has it.
     """
+    made = list(itertools.takewhile(lambda folder: not folder.exists(), (run_dir, *run_dir.parents)))
     run_dir.mkdir(parents=True, exist_ok=True)
     with (run_dir / LOCK_FILE).open("a") as file:
         os.register_at_fork(after_in_child=file.close)  # processes that load pictures may outlive this one
         if not _lock(file):
             raise InputError(_taken(run_dir))
-        yield
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and {child.name for child in run_dir.iterdir()} == {LOCK_FILE}:
+                    (run_dir / LOCK_FILE).unlink()
+                    for folder in made:
+                        folder.rmdir()
 
 
 def _lock(file: IO[str]) -> bool:

@@ -112,6 +112,11 @@ class ResumePoint(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._listen()
+        if (
+            trainer.received_sigterm
+        ):  # while loaders were being made, when Lightning listens, and would end with 0
+            self._signal = signal.SIGTERM
+            trainer._signal_connector.received_sigterm = False
         if self._validation_due:  # Lightning would take it for done
             validation = trainer.fit_loop.epoch_loop.val_loop
             validation._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
@@ -152,6 +157,11 @@ class ResumePoint(Callback):
     def end_with(self, error: Exception) -> None:
         """Let training end as on a signal, with a checkpoint, and then raise `error`; all processes ask for it."""
         self._failure = self._failure or error
+
+    def raise_failure(self) -> None:
+        """Raise the error that training is to end with, if there is one."""
+        if self._failure is not None:
+            raise self._failure
 
     def _is_due(self, trainer: pl.Trainer) -> bool:
         minutes = (time.monotonic() - self._saved_at) / 60
@@ -231,8 +241,7 @@ class ResumePoint(Callback):
     def _stop_if_asked(self) -> None:
         if self._agreed is not None:
             raise Stopped(self._agreed)
-        if self._failure is not None:
-            raise self._failure
+        self.raise_failure()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         for number, handler in self._handlers.items():

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.evaluation.report import plot_curves
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 from efficap.ranks import summed
 from efficap.training.module import CaptionModule
 from efficap.training.progress import METRICS_FILE
@@ -48,7 +48,8 @@ class RunMetrics(Callback):
         self.seconds = 0.0
         self.history: list[dict[str, float | None]] = []
         self._at_end: dict[str, Any] | None = None  # what metrics.json said at the end of training
-        self._resumed_at = self._drawn_at = 0.0
+        self._resumed_at: float | None = None  # when the clock was started; None: it stands
+        self._drawn_at = 0.0
         if before is not None:
             self.load_state_dict(before.state_dict())
 
@@ -56,7 +57,7 @@ class RunMetrics(Callback):
         return {
             "pairs": int(self.pairs or 0),
             "bad_steps": int(self.bad_steps),
-            "seconds": self.seconds,
+            "seconds": self._seconds(),
             "history": self.history,
             "stage": asdict(self.stage),
         }
@@ -95,16 +96,26 @@ class RunMetrics(Callback):
         return self.stage.steps + int(trainer.global_step)
 
     def _rate(self) -> float:
-        now = time.monotonic()
-        self.seconds, self._resumed_at = self.seconds + now - self._resumed_at, now
-        return int(self.pairs or 0) / max(self.seconds, 1e-9)
+        return int(self.pairs or 0) / max(self._seconds(), 1e-9)
+
+    def _seconds(self) -> float:
+        """Of training, without its validations."""
+        if self._resumed_at is not None:
+            now = time.monotonic()
+            self.seconds, self._resumed_at = self.seconds + now - self._resumed_at, now
+        return self.seconds
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._rate()
+            self._stop_clock()
+
+    def _stop_clock(self) -> None:
+        self._seconds()
+        self._resumed_at = None
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        self._resumed_at = time.monotonic()
+        if not trainer.is_global_zero:
             return
         entry: dict[str, float | None] = {"step": self._steps(trainer)}
         for key, value in trainer.callback_metrics.items():
@@ -116,8 +127,8 @@ class RunMetrics(Callback):
             self._write(trainer, draw=time.monotonic() - self._drawn_at >= CURVES_SECONDS)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._stop_clock()
         if trainer.is_global_zero:
-            self._rate()
             with or_the_end("metrics.json", self.run_dir):
                 self._at_end = self._write(trainer, draw=True)
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from efficap.batch import CaptionBatch
+from efficap.batch import CaptionBatch, next_token_places
 from efficap.decoding import Beam, Decoded, Decoding, Greedy, Nucleus
 from efficap.errors import InputError
 from efficap.evaluation.cider_d import CiderD
@@ -28,6 +28,7 @@ from efficap.training.reward import above_the_others, words_of
 
 SAMPLINGS = ("beam", "random")
 BASELINES = ("leave_one_out", "greedy")
+_Words = list[list[list[int]]]  # ids, by picture and caption
 _NO_RULES: dict[str, Any] = {
     "min_tokens": 0,
     "repetition_penalty": 1.0,
@@ -116,11 +117,15 @@ class SelfCriticalModule(CaptionModule):
         # Nothing can be sampled from what is not finite; the loss is not either then, and the step is left out.
         finite = memory.detach().nan_to_num(0.0, 0.0, 0.0)
         sampled, baseline = self._written(finite, batch.image_ids)
+        # Read here: on a GPU, what another thread reads comes after all that this one asks for meanwhile.
+        candidates = words_of(sampled.tokens, sampled.lengths)
+        greedy = words_of(baseline.tokens, baseline.lengths) if baseline is not None else None
+        references = words_of(batch.tokens, batch.lengths)
         with ThreadPoolExecutor(max_workers=1) as thread:  # the forward pass goes on meanwhile
-            rewards = thread.submit(self._rewards, batch, sampled, baseline)
+            rewards = thread.submit(self._rewards, candidates, greedy, references)
             tokens = sampled.tokens[..., :-1]
             lengths = sampled.lengths.cpu()  # sampling has waited for them already
-            places = self._to_device(places_before_words(lengths))  # (m,)
+            places = self._to_device(next_token_places(lengths, sampled.tokens.shape[2]))  # (m,)
             hidden = self.captioner.hidden_states(memory, tokens, places)  # (m, D)
             reward, advantage = self._to_device(rewards.result())  # (B, n) each
         loss = self_critical_loss(
@@ -144,11 +149,16 @@ class SelfCriticalModule(CaptionModule):
 
     def _written(self, memory: Tensor, image_ids: list[str]) -> tuple[Decoded, Decoded | None]:
         """The samples, and the greedy captions where they are the baseline."""
-        sampling = self.sampling
+        sampling, decoder = self.sampling, self.captioner.decoder
         if isinstance(sampling, Nucleus):
             sampling = replace(sampling, seed=(self.seed << 32) + self.global_step)
+        device = memory.device.type
+        if torch.is_autocast_enabled(device):
+            decoder.keep_head(torch.get_autocast_dtype(device))
         sampled = self._decode(sampling, memory, image_ids)
-        return sampled, self._decode(self.greedy, memory, image_ids) if self.baseline == "greedy" else None
+        greedy = self._decode(self.greedy, memory, image_ids) if self.baseline == "greedy" else None
+        decoder.drop_head()
+        return sampled, greedy
 
     @torch.no_grad()
     def _decode(self, decoding: Decoding, memory: Tensor, image_ids: list[str]) -> Decoded:
@@ -161,15 +171,11 @@ class SelfCriticalModule(CaptionModule):
             device=memory.device,
         )
 
-    def _rewards(self, batch: CaptionBatch, sampled: Decoded, greedy: Decoded | None) -> Tensor:
+    def _rewards(self, candidates: _Words, greedy: _Words | None, references: _Words) -> Tensor:
         """(2, B, n) rewards of the samples, and how far they lie above the baseline."""
-        candidates = words_of(sampled.tokens, sampled.lengths)
         if greedy is not None:
-            baselines = words_of(greedy.tokens, greedy.lengths)
-            candidates = [[*ours, *theirs] for ours, theirs in zip(candidates, baselines, strict=True)]
-        rewards = self.reward(
-            candidates, words_of(batch.tokens, batch.lengths)
-        )  # (B, n), with the greedy one's
+            candidates = [[*ours, *theirs] for ours, theirs in zip(candidates, greedy, strict=True)]
+        rewards = self.reward(candidates, references)  # (B, n), with the greedy one's
         if greedy is None:
             advantages = above_the_others(rewards)
         else:
@@ -240,16 +246,6 @@ def check_settings(
         raise InputError(f"training.cross_entropy={cross_entropy} must be at least 0; 0: the reward alone")
 
 
-def places_before_words(lengths: Tensor) -> Tensor:
-    """(m,) places, among B * n * (T - 1) positions, of the tokens that another valid one follows.
-
-    Args:
-        lengths: (B, n) int64, valid tokens of each sample, BOS counted; T is the largest.
-    """
-    positions = torch.arange(int(lengths.max()) - 1, device=lengths.device)
-    return (positions < lengths.flatten()[:, None] - 1).flatten().nonzero()[:, 0]
-
-
 def self_critical_loss(
     hidden: Tensor, head: Tensor, targets: Tensor, advantages: Tensor, *, temperature: float
 ) -> Tensor:
@@ -262,5 +258,7 @@ def self_critical_loss(
         advantages: (m,) float32, the sample's reward less the baseline.
         temperature: that the samples were drawn at.
     """
+    if torch.is_autocast_enabled(hidden.device.type):
+        head = head - head.mean(dim=0)  # see `centred`
     logits = linear(hidden, head).float() / temperature  # (m, V)
     return (advantages * F.cross_entropy(logits, targets, reduction="none")).mean()

@@ -38,8 +38,13 @@ def print_summary(
     captions_per_image: int,
     max_tokens: int,
     batch_size: int,
+    where: str,
 ) -> None:
-    """Print what a captioner, built from the resolved configuration `model`, is and what it needs."""
+    """Print what a captioner, built from the resolved configuration `model`, is and what it needs.
+
+    Args:
+        where: it is trained: the device, and how it computes.
+    """
     table = Table(title="Captioner")
     table.add_column("part")
     table.add_column("is")
@@ -68,7 +73,8 @@ def print_summary(
         f"{height} x {width} = {height * width} latent positions; vocabulary {vocab_size:,}; "
         f"{pictures:,} training pictures, {captions_per_image} captions each\n"
         f"memory, about: {state / 2**30:.2f} GiB for weights, gradients and optimiser; up to "
-        f"{activations / 2**30:.2f} GiB for the activations of a batch of {batch_size} in float32",
+        f"{activations / 2**30:.2f} GiB for the activations of a batch of {batch_size} in float32, all kept\n"
+        f"trained on: {where}",
         highlight=False,
     )
     if warning := latent_warning(captioner, model["image_size"]):

@@ -28,9 +28,6 @@ class TrainerData(pl.LightningDataModule):
         assert trainer is not None
         self.data.begin(trainer.strategy.root_device, lambda: trainer.current_epoch)
 
-    def teardown(self, stage: str) -> None:
-        self.data.end()
-
     def train_dataloader(self) -> Placed:
         return self.data.train_dataloader()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rich.text import Text
 from efficap.errors import InputError
 from efficap.evaluation.curves import SMOOTHED_SHARE, TRAIN_LOSSES, logged_values, read_metrics
 from efficap.evaluation.pictures import PictureRecord, read_pictures
+from efficap.evaluation.results import read_scores
 from efficap.training.progress import METRICS_FILE, SAMPLES_FILE, at_work
 from efficap.training.terminal_plot import Curve, plot
 from efficap.yaml_files import read_yaml
@@ -109,7 +109,7 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _is_finished(path: Path) -> bool:
     file = path / METRICS_FILE
-    return file.is_file() and bool(json.loads(file.read_text())["finished"])
+    return file.is_file() and bool(read_scores(file).get("finished"))
 
 
 def screen(run: Watched, width: int, samples: int) -> RenderableType:

@@ -52,6 +52,8 @@ def _check_is_gpt2(name: str, config: dict[str, Any]) -> None:
         "scale_attn_by_inverse_layer_idx": False,
         "tie_word_embeddings": True,
     }
+    if config.get("activation_function") == "gelu_pytorch_tanh":  # the same by another name
+        config = {**config, "activation_function": "gelu_new"}
     for key, value in own.items():
         if config.get(key, value) != value:
             raise InputError(
@@ -93,6 +95,8 @@ def load_gpt2(decoder: GPT2, name: str) -> None:
 def gpt2_state_dict(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """transformers' GPT-2 weights under this project's names and in torch's (out, in) order."""
     renamed = {key.removeprefix("transformer."): value for key, value in weights.items()}
+    if "lm_head.weight" in renamed:  # tied: a file may hold it in place of the embedding
+        renamed.setdefault("wte.weight", renamed["lm_head.weight"])
     return {
         key: value.T if key.endswith(_TRANSPOSED) and value.ndim == 2 else value
         for key, value in renamed.items()
