@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from efficap.errors import InputError
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

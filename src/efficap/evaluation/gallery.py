@@ -9,16 +9,23 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
 from efficap.evaluation.attention import Word, central_square, shade, shade_heads
-from efficap.evaluation.results import replacing
-from efficap.picture_files import open_picture, read_picture_file, rgb_of
+from efficap.files import replacing
+from efficap.picture_files import open_picture, orientation_of, read_picture_file, rgb_of
 
 THUMBNAIL = 320  # pixels, the longer side
 JPEG_QUALITY = 80
-# What PIL raises for a file that is no picture, a broken one or an enormous one.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+_TURNS = {  # by the orientation of EXIF. Pillow's exif_transpose writes EXIF anew, and fails where a tag is odd
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,6 @@ class GalleryItem:
         image: its file, or the picture itself.
         caption: the predicted caption.
         references: what people wrote about it.
-        note: a small line below, such as the file's name or its score.
         words: of the caption, with where the model looked; pointing at one shows it.
         crop: share of the picture's short side that the model saw, in the middle.
     """
@@ -37,7 +43,6 @@ class GalleryItem:
     image: Path | Image.Image
     caption: str
     references: Sequence[str] = ()
-    note: str = ""
     words: Sequence[Word] = ()
     crop: float = 1.0
 
@@ -59,7 +64,7 @@ class Page:
         return f'<iframe srcdoc="{page}" style="width: 100%; height: {self.height}px; border: 0"></iframe>'
 
 
-def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subtitle: str = "") -> int:
+def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subtitle: str = "") -> None:
     """Write one HTML page with all pictures inside it: no script, no other file, nothing from the network.
 
     Items are taken one by one and never held together. The page takes its place when it is complete. A
@@ -70,9 +75,6 @@ def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subti
         items: may be a generator over thousands (a thumbnail takes about 20 kB).
         title: of the page.
         subtitle: a line below it, such as the run and its scores.
-
-    Returns:
-        The number of items written.
     """
     count = 0
     with replacing(path) as file:
@@ -86,7 +88,6 @@ def write_gallery(path: Path, items: Iterable[GalleryItem], *, title: str, subti
             file.write(_figure(item).encode(errors="replace"))
             count += 1
         file.write(f"</main>\n<footer>{count:,} pictures</footer>\n</body>\n</html>\n".encode())
-    return count
 
 
 def _figure(item: GalleryItem) -> str:
@@ -97,7 +98,6 @@ def _figure(item: GalleryItem) -> str:
         f'<figure><div class="picture">{picture_tag(item.image, item.caption)}</div>'
         f"<figcaption>{caption}"
         + (f"<ul>{references}</ul>" if references else "")
-        + (f'<p class="note">{escape(item.note)}</p>' if item.note else "")
         + "</figcaption></figure>\n"
     )
 
@@ -111,7 +111,7 @@ def picture_tag(image: Path | Image.Image, alt: str) -> str:
     """A thumbnail with its pixels inside the page, or a note where the picture cannot be read."""
     try:
         thumbnail = load_picture(image, THUMBNAIL)
-    except UNREADABLE as error:
+    except OSError as error:
         return f'<p class="broken">cannot be read: {escape(str(error))}</p>'
     width, height = thumbnail.size
     return f'<img alt="{escape(alt)}" width="{width}" height="{height}" src="{_inlined(thumbnail, "JPEG")}">'
@@ -131,7 +131,7 @@ def caption_of_words(image: Path | Image.Image, words: Sequence[Word], crop: flo
     """
     try:
         picture = load_picture(image, THUMBNAIL)
-    except UNREADABLE:
+    except OSError:
         picture = None
     first = words[0].attention
     assert first is not None
@@ -160,24 +160,31 @@ def load_picture(image: Path | Image.Image, side: int) -> Image.Image:
     """The picture as RGB, upright by its EXIF orientation, on white where transparent, at most `side` pixels.
 
     Raises:
-        OSError, ValueError, SyntaxError, PIL.Image.DecompressionBombError: it cannot be read (`UNREADABLE`).
+        OSError: it cannot be read, for whatever reason.
     """
-    if isinstance(image, Image.Image):
-        return _upright(image, side)
-    with open_picture(read_picture_file(image)) as opened:
-        opened.draft("RGB", (side * 2, side * 2))  # a large JPEG is decoded at a fraction of its size
-        return _upright(opened, side)
+    try:
+        if isinstance(image, Image.Image):
+            return _upright(image, side)
+        with open_picture(read_picture_file(image)) as opened:
+            opened.draft("RGB", (side * 2, side * 2))  # a large JPEG is decoded at a fraction of its size
+            return _upright(opened, side)
+    except Exception as error:  # of many kinds, by format and damage
+        raise OSError(str(error) or type(error).__name__) from error
 
 
 def _upright(image: Image.Image, side: int) -> Image.Image:
-    picture = ImageOps.exif_transpose(image)
+    turn = _TURNS.get(orientation_of(image))
+    picture = image if turn is None else image.transpose(turn)
     if picture.mode.startswith("I"):
         picture = Image.fromarray(rgb_of(picture))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB")
+    if picture is image:
+        picture = picture.copy()
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    picture.info = {}  # a comment of the file would be written into the page
     return picture
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import random
 import re
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,7 +20,10 @@ SURE = 1.96  # standard errors on either side of a mean, for 95 %
 LEAST_LOSS_GAP = 0.05  # nats a token: another picture makes a word 5 % less likely
 LEAST_CIDER_GAP = 0.05  # 5 as papers print it
 
-_WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")  # noqa: RUF001
+# Vowel signs, tones and accents of their own, which Python counts among no words, and the joiners between letters.
+_MARKS = "".join(chr(c) for c in range(0x300, 0x1EB00) if unicodedata.category(chr(c))[0] == "M")
+_LETTERS = rf"(?:[^\W_][{_MARKS}\u200c\u200d]*)+"
+_WORD = re.compile(rf"{_LETTERS}(?:['’]{_LETTERS})*")  # noqa: RUF001
 
 Checks = dict[str, Any]  # as it stands in scores.json
 

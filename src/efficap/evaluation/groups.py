@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from efficap.errors import InputError
-from efficap.evaluation.scores import Scores, score_captions
+from efficap.evaluation.scores import Scores, check_metrics, failure, score_tokens, tokenized
+from efficap.evaluation.sums import scores_of_sums
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -39,6 +40,8 @@ def score_groups(
 ) -> Scores:
     """The scores of each group by itself, as ``<group>/<score>``, in the order of the groups' names.
 
+    Java starts once for all groups, however many there are.
+
     Like any subset, a group takes CIDEr's document frequencies from its own references: what one gets by evaluating a
     file of its pictures alone, and not a share of the whole split's CIDEr. nocaps: Agrawal et al. 2019,
     https://arxiv.org/abs/1812.08658.
@@ -54,15 +57,33 @@ def score_groups(
     Raises:
         InputError: as `score_captions`.
     """
+    check_metrics(metrics)
+    try:
+        predicted, expected = tokenized(predictions, references)
+    except (OSError, RuntimeError) as error:  # the scores of the whole are not to be lost for it
+        failed = {key: value for name in metrics for key, value in failure(name, error).items()}
+        groups = sorted({group_of[image_id] for image_id in predictions})
+        return {f"{group}/{key}": value for group in groups for key, value in failed.items()}
+    of_meteor, parts = score_tokens(predicted, expected, [name for name in metrics if name == "METEOR"])
+    members: dict[str, list[int]] = {}
+    for place, image_id in enumerate(predictions):
+        members.setdefault(group_of[image_id], []).append(place)
+    ids = list(predictions)
     scores: Scores = {}
-    for group in sorted({group_of[image_id] for image_id in predictions}):
-        own = [image_id for image_id in predictions if group_of[image_id] == group]
+    for group, places in sorted(members.items()):
+        own = [ids[place] for place in places]
         found: Scores = {"images": len(own)}
-        found |= score_captions(
-            {image_id: predictions[image_id] for image_id in own},
-            {image_id: references[image_id] for image_id in own},
-            metrics=metrics,
-        )
+        for name in metrics:
+            if name == "METEOR":
+                found |= of_meteor  # or why it failed
+                if parts:
+                    found["METEOR"] = float(
+                        scores_of_sums(name, parts[name][places].sum(axis=0), len(own))[name]
+                    )
+            else:
+                of_predicted = {image_id: predicted[image_id] for image_id in own}
+                of_expected = {image_id: expected[image_id] for image_id in own}
+                found |= score_tokens(of_predicted, of_expected, [name])[0]
         if len(own) == 1 and "CIDEr" in metrics:
             found["CIDEr"] = None
             found["CIDEr_error"] = (

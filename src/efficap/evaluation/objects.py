@@ -7,6 +7,7 @@ compare with each other, not with those of papers.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -109,7 +110,8 @@ def _phrases() -> dict[tuple[str, ...], str]:
     for line in _CATEGORIES.splitlines():
         category, _, synonyms = line.partition(":")
         for name in filter(None, (category, *map(str.strip, synonyms.split(",")))):
-            for form in (name, f"{name}s", f"{name}es"):
+            ies = [f"{name[:-1]}ies"] if re.search("[^aeiou]y$", name) else []
+            for form in (name, f"{name}s", f"{name}es", *ies):
                 phrases.setdefault(tuple(form.split()), category)
     return phrases | {tuple(name.split()): "" for name in _OTHERS.split(", ")}
 

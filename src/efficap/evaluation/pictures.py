@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from efficap.errors import InputError
-from efficap.evaluation.results import replacing
 from efficap.evaluation.scores import PictureScores
 from efficap.evaluation.sums import BLEU_COUNTS
+from efficap.files import replacing
 
 PICTURES_FILE = "pictures.parquet"
-LINES_FILE = (
-    "pictures.jsonl"  # of evaluations before there was Parquet: the same columns, a line of JSON for each
-)
 _SCHEMA = pa.schema(
     [
         ("image_id", pa.string()),
@@ -75,33 +71,19 @@ def write_pictures(path: Path, records: Sequence[PictureRecord]) -> None:
         pq.write_table(pa.Table.from_pylist(rows, schema=_SCHEMA), file)
 
 
-def find_pictures(folder: Path) -> Path | None:
-    """The file of an evaluation's folder that `read_pictures` reads; None where there is none."""
-    files = (folder / name for name in (PICTURES_FILE, LINES_FILE))
-    return next((file for file in files if file.is_file()), None)
-
-
 def read_pictures(path: Path) -> list[PictureRecord]:
-    """Read what `write_pictures` wrote, or the lines of JSON of an earlier version.
+    """Read what `write_pictures` wrote.
 
     Raises:
-        InputError: no such file, or a damaged one; of lines, the message names the one.
+        InputError: no such file, or a damaged one.
     """
-    number = 0
     try:
-        if path.suffix == ".jsonl":
-            records = []
-            with path.open("rb") as file:
-                for number, line in enumerate(file, start=1):  # noqa: B007
-                    records.append(_record(json.loads(line)))
-            return records
         return [_record(row) for row in pq.read_table(path).to_pylist()]
     except (ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, OSError) and error.strerror:  # Arrow's own, of a damaged file, have none
             raise InputError(f"{path}: cannot be read ({error.strerror})") from error
-        where = f"line {number} is damaged" if number else "is damaged"
         why = " ".join(f"{type(error).__name__}: {error}".split())
-        raise InputError(f"{path}: {where} ({why}); run eval.py again") from error
+        raise InputError(f"{path} is damaged ({why}); run eval.py again") from error
 
 
 def _record(row: dict[str, Any]) -> PictureRecord:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from efficap.errors import InputError
+from efficap.files import replacing
 
 SHOWN = 3  # ids named in an error message
 
@@ -84,23 +83,6 @@ def read_scores(path: Path) -> dict[str, Any]:
     if not isinstance(scores, dict):
         raise InputError(f"{path}: an object of scores is needed, not a {type(scores).__name__}")
     return scores
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A file that takes the place of `path` when the block ends well; else `path` stays as it was.
-
-    Raises:
-        OSError: the folder cannot be made or written.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # the same folder: a rename stays atomic
-    try:
-        with unfinished.open("wb") as file:
-            yield file
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _read_json(path: Path) -> object:

@@ -26,7 +26,6 @@ __all__ = [
     "distinct_share",
     "picture_scores",
     "score_captions",
-    "score_pictures",
     "score_split",
 ]
 
@@ -94,14 +93,17 @@ def score_split(
     check_metrics(names)
     _check_ids(predictions, references)
     check_java()
+    try:
+        predicted, expected = tokenized(predictions, references)
+    except (OSError, RuntimeError) as error:  # a long training must outlive this, too
+        return {key: value for name in names for key, value in failure(name, error).items()}, {}
+    return score_tokens(predicted, expected, names)
+
+
+def score_tokens(predicted: Tokenized, expected: Tokenized, names: Sequence[str]) -> tuple[Scores, Parts]:
+    """The same of what `tokenized` returned, or of some pictures of it."""
     scores: Scores = {}
     parts: Parts = {}
-    try:
-        predicted, expected = _tokenize(predictions, references)
-    except (OSError, RuntimeError) as error:  # a long training must outlive this, too
-        for name in names:
-            scores |= _failed(name, error)
-        return scores, parts
     for name in names:
         keys, compute = _METRICS[name]
         try:
@@ -109,7 +111,7 @@ def score_split(
             if not all(math.isfinite(value) for value in values):
                 raise ArithmeticError(f"not a finite number: {values}")
         except Exception as error:  # whatever ails one scorer is recorded, and the others stand
-            scores |= _failed(name, error)
+            scores |= failure(name, error)
         else:
             scores |= dict(zip(keys, values, strict=True))
             parts[name] = part
@@ -126,25 +128,15 @@ def check_metrics(names: Sequence[str]) -> None:
 def cider_per_image(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> dict[str, float]:
-    """CIDEr of each image (0 to 10); their mean is the corpus' score. Raises as `score_pictures` does."""
-    _check_ids(predictions, references)
-    _, cider = _cider(*_tokenize(predictions, references))
-    return dict(zip(predictions, cider[:, 0].tolist(), strict=True))
-
-
-def score_pictures(
-    predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
-) -> dict[str, PictureScores]:
-    """The part of each image in the corpus' CIDEr and BLEU. Unlike `score_captions`, raises what goes wrong.
+    """CIDEr of each image (0 to 10); their mean is the corpus' score.
 
     Raises:
         InputError: as `score_captions`.
         RuntimeError: the tokenizer failed.
     """
     _check_ids(predictions, references)
-    predicted, expected = _tokenize(predictions, references)
-    (_, bleu), (_, cider) = _bleu(predicted, expected), _cider(predicted, expected)
-    return picture_scores(list(predictions), {"BLEU": bleu, "CIDEr": cider})
+    _, cider = _cider(*tokenized(predictions, references))
+    return dict(zip(predictions, cider[:, 0].tolist(), strict=True))
 
 
 def picture_scores(image_ids: Sequence[str], parts: Parts) -> dict[str, PictureScores]:
@@ -189,7 +181,7 @@ def _check_ids(predictions: Mapping[str, str], references: Mapping[str, Sequence
             )
 
 
-def _tokenize(
+def tokenized(
     predictions: Mapping[str, str], references: Mapping[str, Sequence[str]]
 ) -> tuple[Tokenized, Tokenized]:
     """Predictions and references in the same order of ids; one start of Java for both."""
@@ -200,7 +192,8 @@ def _tokenize(
     return predicted, {i: [next(tokens) for _ in kept[i]] for i in kept}
 
 
-def _failed(name: str, error: Exception) -> Scores:
+def failure(name: str, error: Exception) -> Scores:
+    """What stands in place of a metric's scores: None, and why."""
     # A RuntimeError from java.py says it all; another error's text may be no more than a key.
     why = java.one_line(str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}")
     return {**dict.fromkeys(_METRICS[name][0]), f"{name}_error": why}

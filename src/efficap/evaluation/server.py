@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efficap.errors import InputError
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 SHOWN = 3  # ids named in an error message
 SPLITS = ("val2014", "test2014")

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import bisect
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from efficap.errors import InputError
-from efficap.evaluation.gallery import UNREADABLE, GalleryItem, load_picture
-from efficap.evaluation.results import replacing
+from efficap.evaluation.gallery import GalleryItem, load_picture
+from efficap.files import replacing
 
 INK, SOFT, PANEL = "#1a1c1e", "#70757a", "#eef0f2"
+COLUMNS = 4
+WIDTH = 320  # of a picture, pixels; its height is at most that
+SIZE = 17  # of the captions' letters, pixels
+LINES = 3  # of a caption; what is longer ends with an ellipsis
 REFERENCE_LINES = 2
 
 
@@ -23,9 +29,7 @@ class _Cell:
     reference: list[str]
 
 
-def contact_sheet(
-    path: Path, items: Iterable[GalleryItem], *, columns: int = 4, width: int = 320, lines: int = 3
-) -> None:
+def contact_sheet(path: Path, items: Iterable[GalleryItem]) -> None:
     """Write one PNG with the pictures in a grid, each with its caption below and its first reference in grey.
 
     The whole picture is shown, on a panel where it is narrower or lower than the others, for a caption may
@@ -34,36 +38,29 @@ def contact_sheet(
     Args:
         path: the PNG file; its folder is made.
         items: a few; all are held in memory.
-        columns: pictures side by side, at least 1.
-        width: of one picture, pixels, at least 80; its height is at most that.
-        lines: that a caption may take, at least 1; what is longer ends with an ellipsis.
 
     Raises:
-        InputError: no items, or a number below its limit.
+        InputError: no items.
     """
-    for name, value, least in (("columns", columns, 1), ("width", width, 80), ("lines", lines, 1)):
-        if value < least:
-            raise InputError(f"{name}={value} must be at least {least}")
-    size = max(11, width // 18)
-    font, small = _font(size), _font(size * 5 // 6)
-    cells = [_cell(item, width, lines, font, small) for item in items]
+    font, small = _font(SIZE), _font(SIZE * 5 // 6)
+    cells = [_cell(item, font, small) for item in items]
     if not cells:
         raise InputError("a contact sheet needs at least one picture")
-    rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    gap, step = max(8, width // 14), size * 4 // 3  # pixels between cells, and from line to line
+    rows = [cells[start : start + COLUMNS] for start in range(0, len(cells), COLUMNS)]
+    gap, step = WIDTH // 14, SIZE * 4 // 3  # pixels between cells, and from line to line
     # One height for all panels; text only as deep as the longest of its row.
-    panel = max((cell.picture.height for cell in cells if cell.picture), default=width * 3 // 4)
+    panel = max((cell.picture.height for cell in cells if cell.picture), default=WIDTH * 3 // 4)
     depths = [
         panel + step + step * max(len(cell.caption) + len(cell.reference) for cell in row) for row in rows
     ]
-    across = min(columns, len(cells))
-    canvas = Image.new("RGB", (gap + across * (width + gap), gap + sum(depths) + gap * len(rows)), "white")
+    across = min(COLUMNS, len(cells))
+    canvas = Image.new("RGB", (gap + across * (WIDTH + gap), gap + sum(depths) + gap * len(rows)), "white")
     pen = ImageDraw.Draw(canvas)
     top = gap
     for row, depth in zip(rows, depths, strict=True):
         for column, cell in enumerate(row):
-            left = gap + column * (width + gap)
-            _draw_picture(canvas, pen, cell.picture, (left, top, left + width, top + panel), small)
+            left = gap + column * (WIDTH + gap)
+            _draw_picture(canvas, pen, cell.picture, (left, top, left + WIDTH, top + panel), small)
             text = top + panel + step // 2
             _draw_lines(pen, cell.caption, (left, text), font, INK, step)
             below = text + step * len(cell.caption) + step // 4
@@ -80,17 +77,15 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf", size)
 
 
-def _cell(
-    item: GalleryItem, width: int, lines: int, font: ImageFont.FreeTypeFont, small: ImageFont.FreeTypeFont
-) -> _Cell:
+def _cell(item: GalleryItem, font: ImageFont.FreeTypeFont, small: ImageFont.FreeTypeFont) -> _Cell:
     try:
-        loaded = load_picture(item.image, 4 * width)
-        picture = ImageOps.contain(loaded, (width, width), Image.Resampling.LANCZOS)
-    except UNREADABLE:
+        loaded = load_picture(item.image, 4 * WIDTH)
+        picture = ImageOps.contain(loaded, (WIDTH, WIDTH), Image.Resampling.LANCZOS)
+    except OSError:
         picture = None
     reference = item.references[0] if item.references else ""
     return _Cell(
-        picture, wrap(item.caption, font, width, lines), wrap(reference, small, width, REFERENCE_LINES)
+        picture, wrap(item.caption, font, WIDTH, LINES), wrap(reference, small, WIDTH, REFERENCE_LINES)
     )
 
 
@@ -127,7 +122,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
     """`text` in at most `lines` lines of `width` pixels; an ellipsis ends what does not fit."""
     done: list[str] = []
     line = ""
-    for word in text.split():
+    for word in _pieces(text, font, width):
         longer = f"{line} {word}".strip()
         if font.getlength(longer) <= width or not line:
             line = longer
@@ -140,6 +135,19 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, lines: int) -> lis
         _shorten(words, font, width, more=index == last and len(done) > lines)
         for index, words in enumerate(done[:lines])
     ]
+
+
+def _pieces(text: str, font: ImageFont.FreeTypeFont, width: int) -> Iterator[str]:
+    """Its words; those that are too wide, such as a sentence in Chinese, in parts that are not."""
+    for word in text.split():
+        while len(word) > 1 and font.getlength(word) > width:
+            fits = max(
+                1,
+                bisect.bisect(range(1, len(word)), width, key=lambda n: math.ceil(font.getlength(word[:n]))),
+            )
+            yield word[:fits]
+            word = word[fits:]
+        yield word
 
 
 def _shorten(line: str, font: ImageFont.FreeTypeFont, width: int, *, more: bool) -> str:

@@ -18,13 +18,14 @@ from efficap.evaluation.compare.runs import Run, check_same_pictures, find_runs,
 from efficap.evaluation.compare.standings import Standings, stand
 from efficap.evaluation.compare.table import (
     Cells,
+    escaped,
     explanation,
     markdown,
     pairs_cells,
     scores_cells,
     screen_table,
 )
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 TITLE = "Comparison of runs"
 PAGE = "index.html"
@@ -146,7 +147,7 @@ def write_comparison(
     tables = comparison.tables()
     with replacing(out / "comparison.md") as file:
         parts = [f"# {TITLE}\n", *map(markdown, tables)]
-        parts.append("".join(f"- {remark}\n" for remark in comparison.remarks()))
+        parts.append("".join(f"- {escaped(remark)}\n" for remark in comparison.remarks()))
         parts += [f"![{heading}]({png.name})\n" for heading, png in plots]
         file.write("\n".join(parts).encode("utf-8", "replace"))
     write_page(

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
-from efficap.evaluation.compare.runs import Run
+from efficap.evaluation.compare.runs import CONFIG_FILE, Run
+from efficap.yaml_files import read_yaml
 
 # What changes no score by intention, wherever it stands in the configuration.
 _UNSEEN = {
+    "cache_dir",
     "callbacks",
     "checkpoint",
     "enable_progress_bar",
+    "feature_cache_dir",
+    "image_dir",
+    "index_dir",
     "log_every_n_steps",
     "logger",
     "num_threads",
@@ -51,7 +57,9 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose configurations are equal but for the seed, and but for where and how they log.
+    """Runs whose configurations are equal but for the seed, for where pictures lie, and for where and how they log.
+
+    What they start from (``init_from``) must be runs of one model, too.
 
     A group is named by the setting ``name`` of its runs, which without another choice is ``<model>-<data>``. Where
     several groups have that name, as in a sweep over a learning rate, it is followed by the settings in which they
@@ -86,9 +94,21 @@ def _settings(config: dict[str, Any], above: str = "") -> dict[str, str]:
             continue
         if isinstance(value, dict):
             settings |= _settings(value, f"{above}{key}.")
+        elif key == "init_from" and value is not None:
+            settings[f"{above}{key}"] = _origin(Path(str(value)))
         else:
             settings[f"{above}{key}"] = str(value)
     return settings
+
+
+def _origin(run: Path) -> str:
+    """The model that a run began with: of several seeds of it the same."""
+    file = run / CONFIG_FILE
+    config = read_yaml(file) if file.is_file() else None
+    if not isinstance(config, dict) or "name" not in config:
+        return str(run)
+    digest = hashlib.blake2b(repr(sorted(_settings(config).items())).encode(), digest_size=2)
+    return f"{config['name']} {digest.hexdigest()}"
 
 
 def _differences(settings: dict[str, str], namesakes: Sequence[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ from efficap.evaluation.compare.differing import Differing
 from efficap.evaluation.compare.table import Cells
 from efficap.evaluation.gallery import page_head, picture_tag
 from efficap.evaluation.pictures import PictureRecord
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 
 def write_page(

@@ -16,7 +16,7 @@ from efficap.evaluation.compare.groups import Group
 from efficap.evaluation.compare.runs import Run
 from efficap.evaluation.compare.standings import Standings
 from efficap.evaluation.curves import logged_values, read_metrics, tidy
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 if TYPE_CHECKING:
     import pandas as pd

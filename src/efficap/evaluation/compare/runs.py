@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from efficap.errors import InputError
-from efficap.evaluation.pictures import PictureRecord, find_pictures, read_pictures
+from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, read_pictures
 from efficap.evaluation.results import read_predictions, read_scores
 from efficap.yaml_files import read_yaml
 
@@ -108,7 +108,8 @@ def read_run(path: Path) -> Run:
     evaluations = {
         folder.name: evaluation
         for folder in sorted(file.parent for file in path.glob("eval/*/scores.json"))
-        if any(
+        if (folder / "captions.json").is_file()  # what is published has scores alone
+        and any(
             isinstance((evaluation := _evaluation(folder)).scores.get(metric), float) for metric in METRICS
         )
     }
@@ -127,8 +128,8 @@ def _config(file: Path) -> dict[str, Any]:
 def _evaluation(folder: Path) -> Evaluation:
     scores, captions = read_scores(folder / "scores.json"), read_predictions(folder / "captions.json")
     image_ids = sorted(captions)
-    file = find_pictures(folder)
-    if file is None:
+    file = folder / PICTURES_FILE
+    if not file.is_file():
         return Evaluation(scores, image_ids, [])
     pictures = sorted(read_pictures(file), key=lambda picture: picture.image_id)
     same = {picture.image_id: picture.caption for picture in pictures} == captions and len(pictures) == len(

@@ -152,6 +152,8 @@ def _notes(groups: Sequence[Group], split: str) -> list[str]:
                 name.removesuffix("_error") for name in scores if name.endswith("_error") and "/" not in name
             ]
             notes += [f"{group.name}: {metric} failed in {run.path} on {split}" for metric in failed]
+            if run.metrics.get("finished") is False:
+                notes.append(f"{group.name}: {run.path} has not come to its end")
             how = f"{scores.get('decoding')}, {scores.get('precision')}"
             found.setdefault(how, []).append(group.name)
         missing = len(group.runs) - len(group.evaluated(split))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -114,10 +115,10 @@ def explanation(standings: Sequence[Standings], resamples: int) -> list[str]:
 
 def markdown(cells: Cells) -> str:
     """As a table of Markdown under a heading."""
-    lines = [f"## {_escaped(cells.title)}", "", _line(cells.header)]
+    lines = [f"## {escaped(cells.title)}", "", _line(cells.header)]
     lines.append("|" + "---|" * cells.left + "---:|" * (len(cells.header) - cells.left))
     for number, row in enumerate(cells.rows):
-        texts = map(_escaped, row)
+        texts = map(escaped, row)
         lines.append(_line([f"**{t}**" if (number, c) in cells.best else t for c, t in enumerate(texts)]))
     return "\n".join(lines) + "\n"
 
@@ -126,10 +127,9 @@ def _line(texts: Sequence[str]) -> str:
     return f"| {' | '.join(texts)} |"
 
 
-def _escaped(text: str) -> str:
-    return " ".join(
-        text.replace("\\", "\\\\").replace("|", "\\|").replace("*", "\\*").replace("_", "\\_").split()
-    )
+def escaped(text: str) -> str:
+    """As Markdown shows it as it is, in one line."""
+    return " ".join(re.sub(r"([\\|*_`<\[])", r"\\\1", text).split())
 
 
 def screen_table(cells: Cells) -> rich.table.Table:

@@ -18,7 +18,7 @@ from efficap.evaluation.page.numbers import checks_section, facts, scores_sectio
 from efficap.evaluation.page.selection import Selection, select
 from efficap.evaluation.page.thumbnails import thumbnails
 from efficap.evaluation.pictures import PictureRecord
-from efficap.evaluation.results import replacing
+from efficap.files import replacing
 
 PAGE = "report.html"
 SHOWN = 12  # pictures in each of the rows: best, worst, random

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from efficap.evaluation.gallery import UNREADABLE, load_picture
+from efficap.evaluation.gallery import load_picture
 
 SIDE = 224  # pixels, the longer side
 QUALITY = 60
-AT_ONCE = 256  # pictures held in memory
+AT_ONCE = 64  # pictures of shards held in memory, not decoded
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,16 +44,22 @@ def _opened(pictures: Callable[[str], Path | Image.Image], image_id: str) -> Pat
     """In this thread: a shard is read in one place at a time."""
     try:
         return pictures(image_id)
-    except UNREADABLE as error:
+    except Exception as error:  # of many kinds, by format and damage
         return error
 
 
 def _thumbnail(image: Path | Image.Image | Exception) -> Thumbnail:
+    if isinstance(image, Exception):
+        return Thumbnail(b"", str(image))
+    data = io.BytesIO()
     try:
-        if isinstance(image, Exception):
-            raise image
-        data = io.BytesIO()
-        load_picture(image, SIDE).save(data, "WEBP", quality=QUALITY)
-    except UNREADABLE as error:
+        if isinstance(image, Path):
+            thumbnail = load_picture(image, SIDE)
+        else:
+            with image:  # decoded only now, a large JPEG at a fraction of its size, and let go
+                image.draft("RGB", (SIDE * 2, SIDE * 2))
+                thumbnail = load_picture(image, SIDE)
+    except OSError as error:
         return Thumbnail(b"", str(error))
+    thumbnail.save(data, "WEBP", quality=QUALITY)
     return Thumbnail(data.getvalue())
