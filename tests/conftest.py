@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import gc
+import gzip
 import os
+import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +20,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from started import draw_nothing
 
 from efficap.commands.entry import compose as compose
 from efficap.evaluation import java
@@ -38,6 +42,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with slow tests come first: at the end a process would run the last of them while the others wait."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _temporary_files_go_with_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Also those of processes that are killed."""
+    folder = str(tmp_path_factory.mktemp("tmp"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TMPDIR", folder)
+        patch.setattr(tempfile, "tempdir", folder)
+        yield
 
 
 @pytest.fixture(autouse=True)
@@ -74,14 +88,9 @@ def _what_was_tokenized_is_known(request: pytest.FixtureRequest) -> Iterator[Non
 
 @pytest.fixture(autouse=True)
 def _nothing_is_drawn_for_nobody(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At the end of each training half a second goes into its curves, and at its start some into a line on memory.
-
-    Trainings of fixtures have both, as those of a module's fixture begin before this.
-    """
+    """Trainings of fixtures have both, as those of a module's fixture begin before this."""
     if request.path.parent.name == "integration":
-        nothing = Image.new("RGB", (1, 1))
-        monkeypatch.setattr("efficap.training.run_metrics.plot_curves", lambda _, png: nothing.save(png))
-        monkeypatch.setattr("efficap.training.summary._activation_bytes", lambda *_: 0)
+        draw_nothing(monkeypatch)
 
 
 @pytest.fixture(scope="session")
@@ -215,3 +224,18 @@ def write_random_run(run: Path, *overrides: str, **changes: Any) -> Path:
     captioner.decoder.ln_f.bias.data = 5 * eos / eos.dot(eos)
     save_weights(captioner.state_dict(), run)
     return run
+
+
+@pytest.fixture
+def small_meteor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """METEOR with a paraphrase table of two entries, for reading its own takes it most of its time; its folder."""
+    from pycocoevalcap.meteor import meteor as package
+
+    folder = tmp_path / "meteor"
+    (folder / "data").mkdir(parents=True)
+    [jar] = Path(package.__file__).parent.glob("*.jar")
+    shutil.copy(jar, folder)
+    with gzip.open(folder / "data" / "paraphrase-en.gz", "wt") as table:
+        table.write("0.5\na puppy\na dog\n0.5\na dog\na puppy\n")  # probability, phrase, paraphrase
+    monkeypatch.setattr(package, "__file__", str(folder / "meteor.py"))
+    return folder

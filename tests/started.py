@@ -11,7 +11,6 @@ import multiprocessing
 import multiprocessing.context
 import os
 import runpy
-import shutil
 import signal
 import sys
 import tempfile
@@ -20,14 +19,26 @@ import traceback
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+
+import pytest
+import yaml
+from PIL import Image
 
 ROOT = Path(__file__).parents[1]
 _COMMANDS = [f"efficap.commands.{name}" for name in ("train", "evaluate", "caption")]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(_COMMANDS)
+_server.set_forkserver_preload([*_COMMANDS, "pytest"])
 # There is one server for all of a process's pools: another's wish, such as the doctor's, would take its place.
 multiprocessing.context.BaseContext.set_forkserver_preload = lambda *_: None  # type: ignore[assignment]
+
+
+def draw_nothing(patch: pytest.MonkeyPatch) -> None:
+    """At the end of each training half a second goes into its curves, and at its start some into a line on memory."""
+    nothing = Image.new("RGB", (1, 1))
+    patch.setattr("efficap.training.run_metrics.plot_curves", lambda _, png: nothing.save(png))
+    patch.setattr("efficap.training.summary._activation_bytes", lambda *_: 0)
 
 
 class Started:
@@ -41,8 +52,7 @@ class Started:
     """
 
     def __init__(self, script: str, *settings: str, cwd: Path = ROOT, **environment: str | None) -> None:
-        said = Path(tempfile.mkdtemp(prefix="efficap-started-"))
-        atexit.register(shutil.rmtree, said)
+        said = Path(tempfile.mkdtemp(prefix="efficap-started-"))  # conftest.py has it go
         self._streams = said / "stdout", said / "stderr"
         for stream in self._streams:
             stream.touch()
@@ -131,7 +141,10 @@ def _run(
     environment: dict[str, str],
     streams: tuple[Path, Path],
 ) -> None:
+    import omegaconf._utils
     import torch
+
+    from efficap.data import pool
 
     for stream, file in enumerate(streams, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
@@ -142,6 +155,11 @@ def _run(
     sys.argv = [script, *settings]
     multiprocessing.set_start_method(None, force=True)  # type: ignore[arg-type]  # the usual one again
     torch.set_num_threads(1)  # OMP_NUM_THREADS is read as torch is imported
+    tempfile.tempdir = None  # likewise
+    # What nobody looks at, and pools that would import everything once more.
+    draw_nothing(pytest.MonkeyPatch())
+    omegaconf._utils.yaml = SimpleNamespace(**{**vars(yaml), "SafeLoader": yaml.CSafeLoader})  # type: ignore[assignment]
+    pool.get_context = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment]
     status: object = 0
     try:
         runpy.run_path(script, run_name="__main__")

@@ -8,7 +8,6 @@ import struct
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +41,6 @@ class ThisProcess:
 
     def map(self, function: Callable[..., Any], jobs: Iterable[Any]) -> Iterable[Any]:
         return map(function, jobs)
-
-    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*arguments))
-        return future
 
 
 Member = tuple[str, bytes]

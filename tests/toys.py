@@ -8,7 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -18,6 +20,18 @@ from efficap.models.gpt2 import GPT2
 from efficap.models.pretrained.gpt2 import gpt2_state_dict
 
 BOS, EOS = 0, 1
+
+
+class InTurn:
+    """An order of samples as the data have them, every time."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def samples(self, time: int, start: int, stop: int) -> NDArray[np.int64]:
+        return np.arange(start, stop)
+
+
 RULES = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "banned": [], "prefix": ""}
 GREEDY = {"method": "greedy", "max_tokens": 8, "min_tokens": 0, **RULES}
 BEAM = {

@@ -147,9 +147,7 @@ def use(example: tuple[str, bytes], sandbox: Sandbox) -> Callable[[], object]:
             if batch is None:
                 continue
             for image_id, references in zip(batch.image_ids, batch.references or [], strict=True):
-                items.append(
-                    GalleryItem(module.picture("train", image_id), references[0], references, image_id)
-                )
+                items.append(GalleryItem(module.picture("train", image_id), references[0], references))
         page = sandbox.root / "page.html"
         write_gallery(page, items, title="t")
         html = page.read_text()

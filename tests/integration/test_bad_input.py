@@ -71,6 +71,11 @@ MISTAKES = {
     "trainer.max_time='00:00:00:00'": r"error: trainer.max_time=00:00:00:00 must be above 0; null: no limit",
     "trainer.log_every_n_steps=0": r"error: trainer.log_every_n_steps=0 must be a whole number of at least 1",
     "trainer.val_check_interval=0": r"error: trainer.val_check_interval=0 must be above 0; null: the end of each epoch",
+    "trainer.val_check_interval=1.5": r"error: trainer.val_check_interval=1.5 must be a whole number of batches, or a",
+    "trainer.val_check_interval=0.5 trainer.check_val_every_n_epoch=null": (
+        r"error: trainer.val_check_interval=0.5 is a share of an epoch, and trainer.check_val_every_n_epoch=null"
+    ),
+    "training.start_size=64": r"error: training.start_size=64 must be below model.image_size=64",
     "trainer.limit_train_batches=0.0": r"error: trainer.limit_train_batches=0.0 must be above 0; null: all",
     "trainer.precision=bf16-true": r"error: trainer.precision=bf16-true must be 32-true, bf16-mixed, 16-mixed, or null",
     "+trainer.gradient_clip_algorithm=value": r"error: trainer.gradient_clip_algorithm=value: .*optimizer.clip_value",
@@ -96,7 +101,7 @@ def test_a_mistake_is_told_in_one_line_before_training(
         for o in tiny_overrides(colour_table, tmp_path / "run")
         if o != "trainer=cpu" or "gpu" not in mistake
     ]
-    status, stderr = run("train.py", *overrides, *mistake.split())
+    status, stderr = run("train.py", *overrides, *re.split(r" (?=[+\w.]+=)", mistake))
     assert status == 1
     errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, stderr
@@ -120,6 +125,10 @@ def test_a_mistake_is_told_in_one_line_before_training(
             r"error: trainer.limit_train_batches=0.1 of 2 batches is none; give",
         ),
         ("trainer.limit_val_batches=0.1", r"error: trainer.limit_val_batches=0.1 of 1 batches is none; give"),
+        (
+            "stages={a: {trainer: {max_epochs: 1}}, b: {trainer: {max_epochs: 1, val_check_interval: 1.5}}}",
+            r"error: stages.b: trainer.val_check_interval=1.5 must be a whole number of batches",
+        ),
         (
             "+stages.a.trainer={max_epochs: 1, val_check_interval: 500}",
             r"error: stages.a: trainer.val_check_interval=500 must be at most 2",

@@ -215,6 +215,22 @@ def test_a_training_with_bad_steps_goes_on_exactly(
     assert_equal_states(run, whole)
 
 
+def test_bad_steps_at_the_very_end_fail_the_training_too(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    last = ["trainer.max_steps=6", "trainer.log_every_n_steps=100", "trainer.limit_val_batches=0"]
+    with monkeypatch.context() as patch:
+        spoil(patch, 4, 5)
+        with (
+            pytest.warns(UserWarning, match="so far: 2"),
+            pytest.raises(InputError, match="2 steps in a row"),
+        ):
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE, "training.max_bad_steps=2", *last))
+    metrics = run / "metrics.json"
+    assert not (metrics.is_file() and json.loads(metrics.read_text())["finished"])
+
+
 @pytest.mark.parametrize("first", [1, 3])  # in mid-epoch, and across its end
 def test_bad_steps_that_do_not_end_stop_the_training_and_leave_the_batch(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: int

@@ -93,6 +93,7 @@ def test_no_training_step_waits_for_the_gpu(matrix_lr: float | None) -> None:
         final_lr=0.01,
         fused=True,
         matrix_lr=matrix_lr,
+        momentum=None if matrix_lr is None else 0.95,
     )
 
     def step() -> None:

@@ -456,7 +456,7 @@ def test_a_clock_that_jumps_changes_nothing(
     monkeypatch.setattr(pl.Trainer, "save_checkpoint", noted)
     command = [*tiny_overrides(folder, tmp_path / "run"), *CHANCE, "checkpoint.every_steps=null"]
     assert_equal_runs(train(compose("train", *command, "checkpoint.every_minutes=600")), undisturbed)
-    assert kept.count(f"{LAST}.tmp") == 3, "one before each validation"
+    assert kept.count(f"{LAST}.tmp") == 2, "one before each validation"
     limited = train(
         compose("train", *tiny_overrides(folder, tmp_path / "limited"), "trainer.max_time=00:10:00:00")
     )
@@ -543,7 +543,7 @@ def test_a_process_that_is_killed_while_shards_are_indexed_is_told(tmp_path: Pat
         os.mkfifo(tar)  # on which its process waits
 
     def kill_workers() -> None:
-        until = time.monotonic() + 60
+        until = time.monotonic() + 200
         while time.monotonic() < until:
             for server in children(os.getpid()):
                 for worker in children(server):
@@ -551,9 +551,9 @@ def test_a_process_that_is_killed_while_shards_are_indexed_is_told(tmp_path: Pat
                     os.kill(worker, signal.SIGKILL)
                     return
             time.sleep(0.1)
+        for tar in tars:  # none came: let them read nothing, and the test fail
+            os.close(os.open(tar, os.O_WRONLY))
 
     threading.Thread(target=kill_workers, daemon=True).start()
-    with pytest.raises(
-        InputError, match=r"a process that indexes shards died, .*the same command again goes on"
-    ):
+    with pytest.raises(InputError, match=r"a worker process died, .*the same command again goes on"):
         ensure_indexes(tars, index_dir=None, max_pixels=MAX_PIXELS, workers=2)

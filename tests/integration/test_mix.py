@@ -129,18 +129,19 @@ def test_settings_that_contradict_each_other_are_refused(
 
 
 def test_any_kind_of_data_may_be_in_a_mixture() -> None:
-    chosen = ["data=mix", "data@data.sources.second=webdataset", "+data@data.sources.third=csv"]
-    given = ["shards=a", "val_shards=b"]
-    values = [*(f"data.sources.{s}.{v}" for s in ("first", "second") for v in given)]
-    values += ["data.sources.third.table=c", "data.sources.third.image_dir=d"]
+    chosen = ["data=mix", "data@data.sources.first=csv", "data@data.sources.second=webdataset"]
+    chosen += ["+data@data.sources.third=csv"]
+    values = ["data.sources.second.shards=a", "data.sources.second.val_shards=b"]
+    values += [f"data.sources.{s}.{v}" for s in ("first", "third") for v in ("table=c", "image_dir=d")]
     sources = compose("train", "name=x", "output_dir=x", *chosen, *values)["data"]["sources"]
     kinds = {name: source["_target_"].rpartition(".")[2] for name, source in sources.items()}
     assert kinds == {
-        "first": "WebDatasetDataModule",
+        "first": "CSVDataModule",
         "second": "WebDatasetDataModule",
         "third": "CSVDataModule",
     }
     assert "table" not in sources["second"]
+    assert "val_shards" not in sources["first"]
 
 
 def test_a_mixture_of_shards_and_a_table_trains_and_evaluates(colour_table: Path, tmp_path: Path) -> None:

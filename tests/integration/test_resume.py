@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -34,6 +35,7 @@ from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage, 
 from efficap.training.module import CaptionModule
 from efficap.training.progress import begun
 from efficap.training.self_critical import SelfCriticalModule
+from efficap.training.trainer_data import TrainerData
 
 pytestmark = pytest.mark.slow
 CHANCE = [  # all that draws random numbers in a step
@@ -47,6 +49,7 @@ CHANCE = [  # all that draws random numbers in a step
     "data.captions_per_image=2",
     "checkpoint.every_steps=2",
     "data.batch_size=2",  # 4 steps an epoch
+    "trainer.max_epochs=2",
 ]
 
 
@@ -109,11 +112,11 @@ def undisturbed(folder: Path) -> Path:
     [
         ("training_step", 1, None),  # before there is any checkpoint but the start
         ("training_step", 3, None),
-        ("training_step", 7, 143),
-        ("training_step", 9, 143),
+        ("training_step", 5, 143),
+        ("training_step", 6, 143),
         ("validation_step", 0, None),
         ("validation_step", 1, 143),
-        ("on_validation_epoch_end", 2, None),
+        ("on_validation_epoch_end", 1, None),
     ],
 )
 def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
@@ -603,6 +606,49 @@ def test_a_run_that_a_process_trains_in_is_left_alone(
     assert train(cfg) == run, "the other one is gone"
 
 
+def test_a_signal_while_the_loaders_are_made_stops_the_training_too(
+    folder: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        made = TrainerData.val_dataloader
+        patch.setattr(TrainerData, "val_dataloader", lambda data: (terminate(), made(data))[1])
+        with pytest.raises(SystemExit) as stopped:
+            train(compose("train", *tiny_overrides(folder, run), *CHANCE))
+    assert stopped.value.code == 143
+    assert_equal_runs(train(going_on(run)), undisturbed)
+
+
+def test_pictures_that_came_since_are_told(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(folder, tmp_path / "colours")
+    table = own / "captions.csv"
+    whole = table.read_text()
+    table.write_text("".join(line for line in whole.splitlines(True) if not line.startswith("train_7.jpg")))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        die_at(patch, "training_step", 3, kill)
+        with pytest.raises(KilledError):
+            train(compose("train", *tiny_overrides(own, run), *CHANCE))
+    table.write_text(whole)
+    with pytest.warns(
+        UserWarning, match=r"has 8 pictures and had 7 when this training was stopped: the rest"
+    ):
+        train(going_on(run))
+
+
+def test_another_programs_folder_among_the_runs_is_passed_over(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.yaml").write_text("learning_rate: 1\n")
+    (other / "metrics.json").write_text("{}")
+    same = [*tiny_overrides(folder, tmp_path / "run"), "resume=auto"]
+    config, _, resumed = resolved_settings(compose("train", *same))
+    assert resumed is None
+    assert config["output_dir"] == str(tmp_path / "run")
+
+
 def test_a_run_goes_on_with_its_own_settings(stopped: Path, tmp_path: Path) -> None:
     run = shutil.copytree(stopped, tmp_path / "run")
     with pytest.raises(
@@ -618,8 +664,8 @@ def test_a_run_goes_on_with_its_own_settings(stopped: Path, tmp_path: Path) -> N
 def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(undisturbed: Path) -> None:
     run = undisturbed
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*")}
-    # Its last checkpoint is of before the third epoch's validation, after 12 steps.
-    for below, least in (("trainer.max_epochs=2", 3), ("trainer.max_steps=11", 12)):
+    # Its last checkpoint is of before the second epoch's validation, after 8 steps.
+    for below, least in (("trainer.max_epochs=1", 2), ("trainer.max_steps=7", 8)):
         with pytest.raises(
             InputError, match=rf"{below} must be at least {least}, as the training has come that far"
         ):
@@ -655,14 +701,17 @@ def test_processes_that_are_killed_or_asked_to_end(folder: Path, undisturbed: Pa
 
     def wait_for_checkpoint(process: Started, newer_than: float) -> None:
         file = run / "checkpoints" / LAST
-        while process.is_alive() and not (file.is_file() and file.stat().st_mtime > newer_than):
+        newest = 0.0
+        while process.is_alive() and newest <= newer_than:
             time.sleep(0.002)
+            with contextlib.suppress(FileNotFoundError):  # it has another name for a moment
+                newest = file.stat().st_mtime
 
     first = Started("train.py", *tiny_overrides(folder, run), *CHANCE, f"hydra.run.dir={tmp_path / 'h'}")
     wait_for_checkpoint(first, 0)
     first.send(signal.SIGKILL)
     first.wait(120)
-    before = (run / "checkpoints" / LAST).stat().st_mtime
+    before = max(file.stat().st_mtime for file in (run / "checkpoints").glob("*.ckpt"))
     again = ["train.py", f"resume={run}", f"hydra.run.dir={tmp_path / 'h2'}"]
     second = Started(*again)
     wait_for_checkpoint(second, before)

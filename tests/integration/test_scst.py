@@ -25,6 +25,7 @@ from efficap.errors import InputError
 pytestmark = pytest.mark.slow
 
 SCST = ["training=scst", "trainer.max_epochs=2"]
+LONGER = ["trainer.max_epochs=12", "trainer.check_val_every_n_epoch=12"]
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def start(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(table folder, run directory) of a training by cross-entropy."""
     folder = write_colour_table(tmp_path_factory.mktemp("colours"))
     run = tmp_path_factory.mktemp("outputs") / "start"
-    return folder, train(compose("train", *tiny_overrides(folder, run), "trainer.max_epochs=12"))
+    return folder, train(compose("train", *tiny_overrides(folder, run), *LONGER))
 
 
 def from_run(start: tuple[Path, Path], out: Path, *overrides: str) -> list[str]:

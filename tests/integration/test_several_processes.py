@@ -191,7 +191,12 @@ def test_a_signal_to_one_stops_both_after_the_same_step_and_one_goes_on(
     run = tmp_path / "two" / "run"
     stopped = two_train(folder, run, strategy=strategy, SIGNAL=f"{int(signal.SIGTERM)} 1 7")
     assert stopped.statuses == [143, 143]
-    assert stopped.errors.count(f"stopped by SIGTERM; python train.py resume={run} goes on") == 1
+    assert (
+        stopped.errors.count(
+            f"stopped by SIGTERM; torchrun with as many processes: train.py resume={run} goes on"
+        )
+        == 1
+    )
     first, second = (seen(tmp_path / "two", rank) for rank in range(2))
     assert [step[0] for step in first] == [step[0] for step in second] == [str(n) for n in range(8)]
     train(going_on(run, "trainer.strategy=null"))

@@ -47,11 +47,11 @@ class Sweep:
         self.settings = ["-m", *shared, swept, "name=job", "logger=wandb", *settings]
         self.settings.append(f"hydra.sweep.dir={self.folder}")
 
-    def start(self) -> Started:
+    def start(self, *more: str) -> Started:
         # Without W&B's service of this process, which would outlive the one that is killed.
         without = dict.fromkeys(name for name in os.environ if name.startswith("WANDB_SERVICE"))
         own = {"OMP_NUM_THREADS": "1", "WANDB_SILENT": "true", "WANDB_MODE": "offline"}
-        return Started("train.py", *self.settings, **without, **own)
+        return Started("train.py", *self.settings, *more, **without, **own)
 
     def mend(self) -> None:
         for pictures in self.pictures:
@@ -117,7 +117,7 @@ def test_jobs_of_joblib_tell_how_they_ended(tmp_path: Path) -> None:
     assert first.pid not in {sweep.record(number)["pid"] for number in range(2)}
     done = sweep.record(1)
     sweep.mend()
-    second = sweep.start()
+    second = sweep.start("hydra.launcher.n_jobs=1")  # in a process less
     assert (second.wait(600), sweep.states()) == (0, 2 * ["done"]), second.errors
     assert sweep.record(1) == done, "it was not begun again"
     assert second.printed.count("finished already: ") == 1

@@ -20,10 +20,9 @@ from tars import ThisProcess, encoded, jpeg, sample, samples, scenery, tar_bytes
 from efficap.batch import CaptionBatch
 from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
-from efficap.data import webdataset
+from efficap.data import pool, webdataset
 from efficap.data.csv import CSVDataModule
 from efficap.data.module import CaptionDataModule
-from efficap.data.shards import index, writer
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.data.webdataset import WebDatasetDataModule
@@ -41,8 +40,7 @@ WHOLE = ["data.crop_scale=[1,1]", "data.crop_ratio=[1,1]"]  # the largest square
 
 @pytest.fixture(autouse=True)
 def _in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(index, "ProcessPoolExecutor", ThisProcess)
-    monkeypatch.setattr(writer, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", ThisProcess)
 
 
 def write_as_shards(folder: Path, out: Path, per_shard: int = 3) -> Path:
@@ -484,7 +482,7 @@ def test_shards_are_not_indexed_while_other_processes_wait_for_a_broadcast(
         seen.append(sent[0] == sent[1])
         return indexing(*args, **kwargs)
 
-    def from_first(function: Callable[[], Any]) -> Any:
+    def from_first(function: Callable[[], Any], *_: str) -> Any:
         sent[0] += 1
         answer = function()
         sent[1] += 1
@@ -763,8 +761,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(shards, run directory), trained by relative paths from another folder."""
     folder = tmp_path_factory.mktemp("data")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(index, "ProcessPoolExecutor", ThisProcess)
-        patch.setattr(writer, "ProcessPoolExecutor", ThisProcess)
+        patch.setattr(pool, "ProcessPoolExecutor", ThisProcess)
         write_as_shards(write_colour_table(folder / "colours"), folder / "shards")
         patch.chdir(folder)
         run = train(

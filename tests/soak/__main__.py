@@ -35,6 +35,7 @@ def main() -> int:
         "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
     )
     with tempfile.TemporaryDirectory(prefix="efficap-soak-") as folder, bar:
+        tempfile.tempdir = folder  # of what its processes say
         task = bar.add_task("faults survived", total=options.faults)
         outcome = Soak(
             Path(folder),

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from toys import BEAM, EOS, GREEDY, NUCLEUS, GPT2Pair, captions, ids, run
@@ -113,3 +114,25 @@ def test_decoding_compiles_one_step_for_all_lengths_and_batches(
         assert (found.scores - expected.scores).abs().max() < 1e-4
     assert len(set(expected.lengths.flatten().tolist())) > 1  # so that pictures leave
     assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("pack", [False, True])
+@torch.no_grad()
+def test_in_bfloat16_logits_keep_their_distances_whatever_all_words_have_in_common(pack: bool) -> None:
+    decoder = GPT2(vocab_size=300, n_positions=8, n_embd=64, n_layer=1, n_head=4, dropout=0.0).eval()
+    decoder.wte.weight.copy_(0.05 * torch.randn(300, 64) - 0.5)
+    hidden = F.layer_norm(torch.randn(20, 64), (64,)) + 3.0
+    exact = hidden.double() @ decoder.wte.weight.double().T
+    assert float(exact.mean()) < -90
+    plain = decoder.logits(hidden)
+    half = decoder.to(torch.bfloat16)
+    hidden = hidden.to(torch.bfloat16)
+    exact = hidden.double() @ half.wte.weight.double().T
+    rounded = (half.logits(hidden).double() - exact).abs().max()
+    half.keep_head(pack=pack)
+    found = half.logits(hidden)
+    assert found.dtype == torch.float32
+    assert (found.double() - exact).abs().max() < 0.1 < rounded
+    half.drop_head()
+    decoder.float().keep_head(pack=pack)
+    torch.testing.assert_close(decoder.logits(hidden.float()).mean(), plain.mean(), rtol=0.01, atol=0)

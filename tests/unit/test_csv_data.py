@@ -319,7 +319,7 @@ def test_too_many_that_break_in_mid_training_stop_it(colour_table: Path) -> None
 
 
 def test_quarantined_pictures_are_left_out(colour_table: Path) -> None:
-    (colour_table / "captions.quarantine.csv").write_text("image,reason\ntrain_3.jpg,truncated\n")
+    (colour_table / "captions.quarantine.csv").write_text("image,reason\n./train_3.jpg ,truncated\n")
     (colour_table / "images" / "train_3.jpg").write_bytes(b"")
     data = data_module(colour_table)
     assert data.training_size == 7

@@ -249,7 +249,7 @@ def test_a_caption_does_not_depend_on_its_neighbours_nor_on_when_they_leave(opti
         together = run(decoding, step, ids(24))
         lengths |= set(together.lengths[:, 0].tolist())
         left |= step.rows[-1] < max(step.rows)
-        for rows in (*([row] for row in range(24)), [5, 2], [4, 1, 0, 23, 7]):
+        for rows in (*([row] for row in range(0, 24, 4)), [5, 2], [4, 1, 0, 23, 7]):
             step_apart = pair.step(decoding.max_tokens, rows)
             apart = run(decoding, step_apart, [f"image-{row}" for row in rows])
             assert captions(apart) == [captions(together)[row] for row in rows]

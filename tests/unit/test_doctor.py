@@ -184,7 +184,6 @@ def test_quarantine_holds_what_training_leaves_out(sick: Path) -> None:
         "none.jpg": "empty",
         "page.jpg": "no picture",
         "large.png": "too large",
-        "gone.jpg": "missing",
         "leak.jpg": "the same as 10.jpg in val",
     }
     assert report(sick)["files"] == [str(sick / "captions.quarantine.csv")]

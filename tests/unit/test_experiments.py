@@ -92,3 +92,11 @@ def test_the_original_recipe_takes_adams_steps_on_gradients_clipped_by_value_and
         moved = expected.detach() - start
         assert moved.abs().max() > 1e-5
         torch.testing.assert_close(ours.detach() - start, moved, rtol=1e-3, atol=5e-8)
+
+
+@pytest.mark.parametrize("launcher", sorted(file.stem for file in (CONF / "hydra/launcher").glob("*.yaml")))
+def test_a_launcher_composes_and_gives_each_job_the_gpu_that_there_is(launcher: str) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("train", [f"hydra/launcher={launcher}", "name=x"], return_hydra_config=True)
+    if "submitit" in cfg.hydra.launcher._target_:  # which hides the GPUs of jobs that ask for none
+        assert cfg.hydra.launcher.gpus_per_node == 1

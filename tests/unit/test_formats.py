@@ -328,3 +328,32 @@ def test_a_missing_file_of_a_split_is_named_with_its_setting(tmp_path: Path) -> 
     )
     assert refusal(tmp_path / "no.csv") == f"data.table={tmp_path}/no.csv does not exist"
     assert "names no file" in refusal({})
+
+
+def test_coco_annotations_with_an_id_for_two_pictures_are_refused(tmp_path: Path) -> None:
+    both = coco({1: "a.jpg"}, [(1, "a dog")])
+    both["images"] += coco({1: "b.jpg"}, [])["images"]
+    said = refusal(dump(tmp_path / "captions_train.json", both))
+    assert "a.jpg and b.jpg have the same id, 1" in said
+
+
+def test_a_list_may_tell_the_split_of_each_picture(tmp_path: Path) -> None:
+    file = dump(
+        tmp_path / "my_train.json",
+        [{"image": "a.jpg", "caption": "x"}, {"image": "b.jpg", "caption": "y", "split": "val"}],
+    )
+    assert read(file) == [("a.jpg", "x", "train"), ("b.jpg", "y", "val")]
+
+
+@pytest.mark.parametrize("rows", ["a.jpg,\"Stop sign,train\nb.jpg,a dog,train\nc.jpg,Go\" sign,train\n",
+                                  "a.jpg,\"Stop sign,train\nb.JPEG,a \"dog,train\n"])  # fmt: skip
+def test_a_stray_quote_that_swallows_rows_is_refused(rows: str, tmp_path: Path) -> None:
+    said = refusal(text(tmp_path / "t.csv", f"file_name,caption,split\n{rows}"))
+    assert "a quote at the start of a cell in row 1 takes the rows after it into that cell" in said
+
+
+def test_a_caption_of_several_lines_with_commas_is_one(tmp_path: Path) -> None:
+    file = text(
+        tmp_path / "t.csv", 'file_name,caption,split\na.jpg,"a dog, running,\nand a cat, asleep",train\n'
+    )
+    assert read(file) == [("a.jpg", "a dog, running,\nand a cat, asleep", "train")]

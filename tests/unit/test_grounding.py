@@ -45,6 +45,7 @@ def test_words_are_told_in_other_scripts_too() -> None:
     assert words_of("Zwei Männer, 3 Hunde — l'été; собака_бежит") == [
         "zwei", "männer", "3", "hunde", "l'été", "собака", "бежит"
     ]  # fmt: skip
+    assert words_of("एक किताब, मेज़ पर") == ["एक", "किताब", "मेज़", "पर"]
 
 
 def test_one_reference_of_each_picture_is_counted_for_as_many_captions_are() -> None:
@@ -119,6 +120,7 @@ def test_the_lines_on_the_screen() -> None:
         ("an orange cat with two oranges", ["cat", "orange"]),
         ("a teddy bear beside a bear", ["teddy bear", "bear"]),
         ("blue skies, a train station and the buses", ["bus"]),
+        ("two ladies and their babies on ferries", ["person", "person", "boat"]),
         ("a red square left of a circle", []),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from efficap.commands.entry import CONF
+from efficap.commands.faults import of_disk
 from efficap.commands.job import recorded
 from efficap.errors import InputError
 from efficap.training.progress import begun
@@ -150,3 +152,29 @@ def test_a_process_with_the_number_of_one_that_is_gone_is_not_taken_for_it(begin
     (folder / "job.json").write_text(json.dumps(earlier))
     with recorded(folder):
         assert record(folder)["pid"] == os.getpid()
+
+
+def test_the_same_words_in_another_order_are_the_same_job(begin: Begin) -> None:
+    folder = begin("seed=1", "data.batch_size=2")
+    with pytest.raises(ValueError, match="bad"), recorded(folder):
+        raise ValueError("bad")
+    begin("data.batch_size=2", "seed=1")
+    with recorded(folder):
+        pass
+    assert record(folder)["state"] == "done"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "out/config.yaml"),
+            "out/config.yaml cannot be written",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), "/root/x cannot be read or written"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), None),
+    ],
+)
+def test_what_a_disk_refuses_is_told_in_a_line(error: OSError, said: str | None) -> None:
+    told = of_disk(error)
+    assert told is None if said is None else str(told).startswith(said)

@@ -75,14 +75,21 @@ def test_a_run_tells_commit_versions_and_device(tmp_path: Path, monkeypatch: pyt
     import torch
 
     def git(*arguments: str) -> str:
-        identity = ["-c", "user.name=nobody", "-c", "user.email=nobody@example.org"]
+        identity = [
+            "-c",
+            "user.name=nobody",
+            "-c",
+            "user.email=nobody@example.org",
+            "-c",
+            "commit.gpgsign=false",
+        ]
         return subprocess.check_output(["git", *identity, *arguments], cwd=tmp_path, text=True).strip()
 
     git("init", "--quiet")
     (tmp_path / "code.py").touch()
     git("add", "code.py")
     git("commit", "--quiet", "-m", "code")
-    monkeypatch.setattr("efficap.commands.provenance.__file__", str(tmp_path / "code.py"))
+    monkeypatch.setattr("efficap.commands.provenance.FOLDER", tmp_path)
     told = provenance()
     assert (told["git_commit"], told["git_dirty"]) == (git("rev-parse", "HEAD"), False)
     (tmp_path / "code.py").write_text("pass")
@@ -90,8 +97,7 @@ def test_a_run_tells_commit_versions_and_device(tmp_path: Path, monkeypatch: pyt
     assert told["packages"]["torch"] == torch.__version__.partition("+")[0]
     assert told["devices"] >= 1
     (tmp_path / "elsewhere").mkdir()
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
-    monkeypatch.setattr("efficap.commands.provenance.__file__", str(tmp_path / "elsewhere" / "code.py"))
+    monkeypatch.setattr("efficap.commands.provenance.FOLDER", tmp_path / "elsewhere")
     assert (provenance()["git_commit"], provenance()["git_dirty"]) == (None, None)
 
 

@@ -68,3 +68,22 @@ def test_a_batch_without_targets_has_a_loss_of_zero() -> None:
     loss.backward()
     assert loss == 0
     assert torch.equal(head.grad, torch.zeros_like(head))
+
+
+def test_in_bfloat16_what_all_words_have_in_common_costs_no_precision() -> None:
+    """GPT-2's logits lie around -100, where bfloat16 has steps of half a nat."""
+    hidden = F.layer_norm(torch.randn(500, 64), (64,)) + 3.0
+    own = 0.05 * torch.randn(300, 64)
+    head = (own - 0.5).requires_grad_()
+    assert float((hidden @ head.detach().T).mean()) < -90
+    targets = torch.randint(0, 300, (500,))
+    losses_of_each = []
+    for weight, dtype in ((head.double(), torch.float64), (head, torch.float32)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.float32):
+            x = hidden.to(dtype).requires_grad_()
+            loss = caption_loss(x, weight, targets, label_smoothing=0.1)
+        losses_of_each.append((float(loss.detach()), *torch.autograd.grad(loss, (x, head))))
+    (exact, *wanted), (found, *gradients) = losses_of_each
+    assert abs(found - exact) < 1e-3
+    for one, other in zip(gradients, wanted, strict=True):
+        assert (one - other).norm() < 0.02 * other.norm()

@@ -141,3 +141,14 @@ def test_a_setting_out_of_its_range_is_refused(option: dict[str, float], message
             **settings,
             **option,
         )
+
+
+def test_its_state_comes_to_the_device_of_the_parameters() -> None:
+    """Of a checkpoint, which is read into main memory; torch leaves steps there."""
+    on_cpu, elsewhere = (torch.nn.Parameter(torch.zeros(3, device=device)) for device in ("cpu", "meta"))
+    before = Muon([{"params": [on_cpu], "lr": 0.1, "weight_decay": 0.0}], **SETTINGS)
+    on_cpu.grad = torch.ones(3)
+    before.step()
+    after = Muon([{"params": [elsewhere], "lr": 0.1, "weight_decay": 0.0}], **SETTINGS)
+    after.load_state_dict(before.state_dict())
+    assert {value.device.type for value in after.state[elsewhere].values()} == {"meta"}

@@ -102,3 +102,18 @@ def test_a_negative_rate_is_refused(captioner: CaptionModel) -> None:
 def test_a_clip_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"optimizer.clip_value=0 must be above 0; null: no clipping"):
         check_optimizer(lr=LR, weight_decay=0.0, layer_decay=1.0, clip_value=0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_state_of_the_other_kernel_is_gone_on_with(captioner: CaptionModel, fused: bool) -> None:
+    """As a training that goes on with another precision has it."""
+    before, _ = adamw(captioner, lambda step: 0.0, fused=not fused)
+    after, _ = adamw(captioner, lambda step: 0.0, fused=fused)
+    for parameter in captioner.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    before.step()
+    after.load_state_dict(before.state_dict())
+    assert {group["fused"] for group in after.param_groups} == {after.defaults["fused"]} == {fused or None}
+    if fused:
+        after.found_inf = torch.ones(())  # as a step that is left out sets it
+    after.step()

@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from toys import InTurn
 
-from efficap.data.order import BatchOrder, EvaluationOrder, InTurn, Key, Order, Shuffled, ShuffledShards, turn
+from efficap.data.order import BatchOrder, EvaluationOrder, Key, Order, Shuffled, ShuffledShards, turn
 from efficap.errors import InputError
 
 SHARDS = st.lists(st.integers(0, 12), min_size=1, max_size=9).filter(any)

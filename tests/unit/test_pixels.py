@@ -18,8 +18,9 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from tars import encoded, indexed, png16, sample, samples, scenery, shard_batches, write_tar
+from toys import InTurn
 
-from efficap.data.order import BatchOrder, EvaluationOrder, InTurn
+from efficap.data.order import BatchOrder, EvaluationOrder
 from efficap.data.pictures import Picture
 from efficap.data.shards.reader import ShardReader
 from efficap.data.transforms import Crop, EvaluationTransform, TrainingTransform

@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 from faulty_server import Server, full_disk, serving, zipped
 
+from efficap.data.command_line import training_command
 from efficap.data.formats import read_rows
 from efficap.data.prepare import conceptual, shards
 from efficap.data.prepare.__main__ import main
@@ -24,7 +25,6 @@ from efficap.data.prepare.conceptual import prepare_conceptual
 from efficap.data.prepare.download import Remote
 from efficap.data.prepare.flickr import REMOTES as FLICKR
 from efficap.data.prepare.flickr import prepare_flickr8k, prepare_flickr30k
-from efficap.data.prepare.writing import training_command
 from efficap.errors import InputError
 
 

@@ -1,5 +1,4 @@
 import contextlib
-import gzip
 import io
 import json
 import math
@@ -26,8 +25,9 @@ from efficap.evaluation.scores import (
     check_java,
     cider_per_image,
     distinct_share,
+    picture_scores,
     score_captions,
-    score_pictures,
+    score_split,
 )
 from efficap.evaluation.sums import METEOR_COUNTS, meteor
 
@@ -51,19 +51,6 @@ PREDICTIONS = {
 def plain_path(monkeypatch):
     """pycocoevalcap's own wrappers find Java on PATH alone."""
     monkeypatch.setenv("PATH", f"{Path(java.find_java()).parent}{os.pathsep}{os.environ['PATH']}")
-
-
-@pytest.fixture
-def small_meteor(monkeypatch, tmp_path):
-    """METEOR with a paraphrase table of two entries, for reading its own takes it most of its time; its folder."""
-    folder = tmp_path / "meteor"
-    (folder / "data").mkdir(parents=True)
-    [jar] = Path(meteor_package.__file__).parent.glob("*.jar")
-    shutil.copy(jar, folder)
-    with gzip.open(folder / "data" / "paraphrase-en.gz", "wt") as table:
-        table.write("0.5\na puppy\na dog\n0.5\na dog\na puppy\n")  # probability, phrase, paraphrase
-    monkeypatch.setattr(meteor_package, "__file__", str(folder / "meteor.py"))
-    return folder
 
 
 def plain_tokens(captions):
@@ -124,7 +111,7 @@ def test_meteor_that_never_answers_is_ended(monkeypatch, tmp_path):
     monkeypatch.setattr(java, "find_java", lambda: str(silent))
     monkeypatch.setattr(java, "METEOR_SECONDS", (0.2, 0.0))
 
-    with pytest.raises(RuntimeError, match="METEOR failed: it ended without an answer"):
+    with pytest.raises(RuntimeError, match="METEOR failed: it took more than 0 s"):
         java.meteor(["a dog"], [["a dog"]])
 
 
@@ -376,7 +363,9 @@ def test_the_pictures_counts_sum_up_to_the_corpus_bleu(plain_path):
     expected, predicted = plain_tokens(REFERENCES), plain_tokens({k: [v] for k, v in predictions.items()})
     bleu, _ = Bleu(4).compute_score(expected, predicted, verbose=0)
 
-    pictures = score_pictures(predictions, REFERENCES)
+    pictures = picture_scores(
+        list(predictions), score_split(predictions, REFERENCES, metrics=["BLEU", "CIDEr"])[1]
+    )
 
     words, closest, *counts = np.sum([scores.bleu for scores in pictures.values()], axis=0)
     assert words == sum(len(caption.split()) for [caption] in predicted.values())
@@ -389,7 +378,9 @@ def test_the_pictures_counts_sum_up_to_the_corpus_bleu(plain_path):
 
 
 def test_what_is_known_of_each_picture_is_read_as_it_was_written(tmp_path):
-    scores = score_pictures(PREDICTIONS, REFERENCES)
+    scores = picture_scores(
+        list(PREDICTIONS), score_split(PREDICTIONS, REFERENCES, metrics=["BLEU", "CIDEr"])[1]
+    )
     scores["boat.jpg"] = scores["boat.jpg"]._replace(meteor=0.25, rouge_l=0.5)
     records = [
         PictureRecord(i, PREDICTIONS[i], REFERENCES[i], Path("images") / i, scores[i]) for i in PREDICTIONS
@@ -399,12 +390,3 @@ def test_what_is_known_of_each_picture_is_read_as_it_was_written(tmp_path):
     assert read_pictures(tmp_path / "eval" / "pictures.parquet") == records
     table = pd.read_parquet(tmp_path / "eval" / "pictures.parquet")
     assert table["CIDEr"][:5].tolist() == [scores[i].cider for i in PREDICTIONS]
-
-
-@pytest.mark.parametrize("line", ['{"image_id": "a"}', '{"image_id": "a', "[]", "\udc00"])
-def test_a_damaged_line_of_pictures_is_named(tmp_path, line):
-    row = {"image_id": "a", "caption": "b", "references": ["c"], "image": None, "CIDEr": None, "BLEU": None}
-    with (tmp_path / "pictures.jsonl").open("a", encoding="utf-8", errors="surrogateescape") as file:
-        file.write(json.dumps(row) + "\n" + line.replace("\udc00", "\udcff"))
-    with pytest.raises(InputError, match=r"pictures.jsonl: line 2 is damaged .*run eval.py again"):
-        read_pictures(tmp_path / "pictures.jsonl")

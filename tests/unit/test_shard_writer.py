@@ -6,6 +6,7 @@ import io
 import json
 import os
 import shlex
+import shutil
 import tarfile
 from collections import Counter
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 from PIL import Image
 from tars import ThisProcess, encoded, indexed, scenery
 
+from efficap.data import pool
 from efficap.data.shards import writer
 from efficap.data.shards.__main__ import main
 from efficap.data.shards.writer import ShardSettings, write_shards
@@ -30,7 +32,7 @@ COLUMNS = {"image_column": "file_name", "caption_column": "caption", "split_colu
 @pytest.fixture(autouse=True)
 def _in_this_process(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if "processes" not in request.node.name:
-        monkeypatch.setattr(writer, "ProcessPoolExecutor", ThisProcess)
+        monkeypatch.setattr(pool, "ProcessPoolExecutor", ThisProcess)
 
 
 @pytest.fixture
@@ -90,7 +92,7 @@ def test_any_number_of_processes_writes_identical_bytes(
     table: CaptionTable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_shards(table, tmp_path / "a", SETTINGS, 2)
-    monkeypatch.setattr(writer, "ProcessPoolExecutor", ThisProcess)
+    monkeypatch.setattr(pool, "ProcessPoolExecutor", ThisProcess)
     write_shards(table, tmp_path / "b", SETTINGS, 1)
     assert snapshot(tmp_path / "a") == snapshot(tmp_path / "b")
     assert len(snapshot(tmp_path / "a")) == 7
@@ -374,11 +376,11 @@ def test_the_commands_mistakes_are_one_line(
 def test_an_interruption_ends_the_command_before_its_processes_begin_all_shards(
     colour_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def interrupted(_: object) -> None:
+    def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(writer, "as_completed", interrupted)
+        patch.setattr(writer, "in_processes", interrupted)
         assert run(colour_table, tmp_path / "out", "--samples-per-shard", "1", "--workers", "1") == 130
     assert capsys.readouterr().err == "interrupted; the same command goes on with the shards that are left\n"
     assert len(list((tmp_path / "out/train").glob("*.tar"))) < 8
@@ -392,3 +394,22 @@ def test_a_folder_that_cannot_be_written_is_one_line(
     (tmp_path / "out").write_text("a file")
     assert run(colour_table, tmp_path / "out") == 1
     assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_pictures_of_another_folder_are_not_mixed_in(
+    table: CaptionTable, colour_table: Path, tmp_path: Path
+) -> None:
+    write_shards(table, tmp_path / "out", SETTINGS, 1)
+    (tmp_path / "out" / "00001.tar").unlink()
+    moved = shutil.copytree(colour_table / "images", tmp_path / "larger")
+    other = CaptionTable.of(
+        "train", table.image_ids, [moved / name for name in table.image_ids], table.references
+    )
+    with pytest.raises(InputError, match=r"holds shards written with"):
+        write_shards(other, tmp_path / "out", SETTINGS, 1)
+
+
+def test_what_a_killed_writer_left_goes(table: CaptionTable, tmp_path: Path) -> None:
+    (tmp_path / ".00001.tar.12345.tmp").write_bytes(b"half")
+    write_shards(table, tmp_path, SETTINGS, 1)
+    assert not list(tmp_path.glob(".*"))

@@ -22,11 +22,19 @@ def test_the_summary_counts_what_is_trained_and_what_is_frozen(capsys: pytest.Ca
     model = tiny_model(encoder__frozen=True)
     captioner = build_model(model, 97)
     print_summary(
-        captioner, model, vocab_size=97, pictures=1234, captions_per_image=5, max_tokens=12, batch_size=4
+        captioner,
+        model,
+        vocab_size=97,
+        pictures=1234,
+        captions_per_image=5,
+        max_tokens=12,
+        batch_size=4,
+        where="CPU, 32-true",
     )
     shown = capsys.readouterr().out
     frozen = sum(parameter.numel() for parameter in captioner.encoder.parameters())
     trained = sum(parameter.numel() for parameter in captioner.parameters()) - frozen
     row = next(line for line in shown.splitlines() if "all" in line)
     assert [f"{number:,}" in row for number in (trained + frozen, trained, frozen)] == [True] * 3
+    assert "trained on: CPU, 32-true" in shown
     assert "2 x 2 = 4 latent positions; vocabulary 97; 1,234" in shown.replace("\n", " ")

@@ -161,7 +161,7 @@ def test_a_compressed_or_big_endian_or_missing_checkpoint_is_refused(tmp_path: P
         read_tf_checkpoint(prefix)
 
 
-@settings(deadline=2000, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_damaged_index_is_refused_and_never_more(tmp_path: Path, data: st.DataObject) -> None:
     """Bytes changed with the checksums made good again, as a hostile file would have them, or cut."""
