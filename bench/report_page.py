@@ -20,7 +20,8 @@ from data_files import write_captions, write_photograph
 
 from efficap.evaluation.page.page import PAGE, write_page
 from efficap.evaluation.pictures import PictureRecord
-from efficap.evaluation.scores import BLEU_COUNTS, PictureScores
+from efficap.evaluation.scores import PictureScores
+from efficap.evaluation.sums import BLEU_COUNTS
 
 FILES = 100  # different ones; each is made small for every picture that uses it
 PATIENCE = 300_000  # milliseconds, for what the page takes
