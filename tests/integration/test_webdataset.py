@@ -719,7 +719,7 @@ def test_pictures_of_the_same_name_are_refused_in_validation_and_no_matter_in_tr
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (["data.val_shards=null"], r"split=val: data.val_shards is not given; there is train"),
+        (["data.val_shards=null"], r"data.val_shards is not given: add data.val_shards=SHARDS"),
         (["data.shards={shards}/none/*.tar"], r"data.shards=.*none/\*.tar matches no tar; .* holds "),
         (
             ["data.val_shards={shards}/train/00007.tar"],
