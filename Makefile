@@ -52,9 +52,9 @@ study: setup
 	done; done
 	$(BIN)/python -m efficap.evaluation.compare $(STUDY)
 
-# Two processes more than there are cores: many tests wait for processes of their own. In the order of conftest.py.
+# One process more than there are cores: many tests wait for processes of their own. In the order of conftest.py.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$($(BIN)/python -c 'import os; print(os.cpu_count())') + 2 )) \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$(( $$($(BIN)/python -c 'import os; print(os.cpu_count())') + 1 )) \
 	    --dist loadfile --no-loadscope-reorder $(ARGS)
 
 soak: setup

@@ -20,8 +20,8 @@ from efficap.evaluation.gallery import Page
 pytestmark = pytest.mark.slow
 NOTEBOOKS = Path(__file__).parents[2] / "notebooks"
 SHORT = ["trainer=cpu", "trainer.enable_progress_bar=false", "data.num_workers=0", "trainer.max_epochs=2",
-         "trainer.limit_train_batches=2", "trainer.limit_val_batches=1", "data.batch_size=16"]  # fmt: skip
-SCORED = 16  # pictures of each split that is evaluated, instead of 300
+         "trainer.limit_train_batches=2", "trainer.limit_val_batches=1"]  # fmt: skip
+SCORED = 40  # pictures of each split that is evaluated, instead of 300
 
 
 @pytest.fixture(scope="module")

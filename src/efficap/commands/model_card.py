@@ -65,4 +65,4 @@ def card_values(run: RunDirectory) -> dict[str, Any]:
 
 
 def _numbers(scores: dict[str, Any]) -> dict[str, float]:
-    return {name: scores[name] for name in PERCENT if isinstance(scores.get(name), float)}
+    return {name: value for name, value in scores.items() if name in PERCENT and isinstance(value, float)}
