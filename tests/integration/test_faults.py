@@ -431,9 +431,7 @@ def test_a_disk_that_stays_full_ends_the_training_with_what_to_do(
         die_at(patch, "training_step", 6, lambda: fill(filler))
         with (
             pytest.warns(UserWarning, match="No space left on device"),
-            pytest.raises(
-                InputError, match=rf"at the end: .*; make room, and python train.py resume={run} goes on"
-            ),
+            pytest.raises(InputError, match=rf"at the end: .*; make room, and resume={run} goes on"),
         ):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
     filler.unlink()

@@ -1,4 +1,4 @@
-"""Batches of which nothing is left, and bad samples of which each process sees its share."""
+"""Batches of which nothing is left."""
 
 from __future__ import annotations
 
@@ -37,19 +37,3 @@ def test_an_epoch_keeps_its_length_where_nothing_is_left_of_its_first_batches() 
 def test_an_epoch_of_which_nothing_is_left_is_an_error() -> None:
     with pytest.raises(InputError, match="nothing of 2 batches can be used"):
         list(loader([None, None]))
-
-
-@pytest.mark.parametrize(("processes", "stops"), [(1, False), (8, True)])
-def test_what_a_process_finds_of_its_share_counts_for_the_shares_of_all(processes: int, stops: bool) -> None:
-    samples = BadSamples(on_bad_sample="skip", max_bad_fraction=0.05)
-    samples.total = 1000
-    for number in range(10):
-        samples.check()
-        samples.add(f"{number}.jpg", "missing", processes=processes)
-    if not stops:
-        samples.check()
-        return
-    with pytest.raises(
-        InputError, match=r"10 \(missing 10\) of 1,000 samples \(in this process, of its share\)"
-    ):
-        samples.check()

@@ -407,9 +407,3 @@ def test_pictures_of_another_folder_are_not_mixed_in(
     )
     with pytest.raises(InputError, match=r"holds shards written with"):
         write_shards(other, tmp_path / "out", SETTINGS, 1)
-
-
-def test_what_a_killed_writer_left_goes(table: CaptionTable, tmp_path: Path) -> None:
-    (tmp_path / ".00001.tar.12345.tmp").write_bytes(b"half")
-    write_shards(table, tmp_path, SETTINGS, 1)
-    assert not list(tmp_path.glob(".*"))

@@ -83,8 +83,9 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
         try:
             _caption_files(remaining, folder, load, transform, workers, device, looking)
         finally:
-            with contextlib.suppress(OSError):  # there is something in it
-                out.rmdir()
+            if not cfg["out"]:
+                with contextlib.suppress(OSError):  # there is something in it
+                    out.rmdir()
     if remaining or not folder.is_finished:
         folder.finish(run.config["name"], crop=transform.image_size / transform.short_side)
     ordered = [folder.results[str(file)] for file in files]

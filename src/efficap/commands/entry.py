@@ -97,7 +97,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     except Exception as error:  # in composing, or in a launcher
         if type(error).__module__.startswith(("joblib.", "submitit.")):
             print(f"error: a job's process is gone: {_one_line(error, config_name)}", file=sys.stderr)
-        elif begun and "No trials are completed" in str(error):
+        elif "No trials are completed" in str(error):
             pass  # a search of which every trial failed, and has told why
         elif wants_traceback or (begun and not isinstance(error, _MISTAKES)):
             raise

@@ -135,7 +135,7 @@ def _print_plan(
 
 def _name(device: torch.device) -> str:
     return (
-        torch.cuda.get_device_name()
+        torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else {"cpu": "CPU"}.get(device.type, device.type)
     )

@@ -78,7 +78,8 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
         earlier = json.loads(text) if text else {"overrides": None}  # the other one is just about to write it
     except ValueError as error:
         raise InputError(f"{file} is damaged; remove it") from error
-    if sorted(earlier["overrides"] or []) != sorted(
+    theirs = earlier["overrides"]
+    if theirs is None or sorted(theirs) != sorted(
         job["overrides"]
     ):  # in any order, as the folder's name has them
         raise InputError(

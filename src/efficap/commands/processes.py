@@ -98,10 +98,8 @@ def strategy_settings(strategy: str | None, *, some_rest: bool) -> dict[str, Any
         some_rest: whether some parameters that learn do not do so in each step.
     """
     if strategy is None:
-        return {
-            "strategy": "auto",
-            "plugins": [LightningEnvironment()],
-        }  # and none that SLURM's variables suggest
+        # SLURM's variables, where it only lent the machine, would suggest another environment.
+        return {"strategy": "auto", "plugins": [LightningEnvironment()]}
     own = launch()
     sharded = strategy == "fsdp"
     return {

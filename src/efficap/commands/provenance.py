@@ -15,8 +15,6 @@ import torch
 _PACKAGES = ("efficap", "torch", "torchvision", "lightning", "timm", "transformers", "hydra-core", "wandb")
 _SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
 _SHORTEST = 8  # characters of a secret; what is shorter would be found in innocent words
-
-
 FOLDER = Path(__file__).parents[3]
 
 

@@ -37,19 +37,17 @@ class BadSamples:
         self.counts: Counter[str] = Counter()
         self._named: list[str] = []
         self._seen: set[str] = set()
-        self._own, self._processes = 0, 1  # found by one of several processes, each of its share
 
     def __bool__(self) -> bool:
         return bool(self.counts)
 
-    def add(self, name: str, reason: str, detail: str = "", *, processes: int = 1) -> None:
+    def add(self, name: str, reason: str, detail: str = "") -> None:
         """Count one sample.
 
         Args:
             name: where it lies: a file, or tar and key.
             reason: what to count it by.
             detail: more about it.
-            processes: that share the samples, of which this one alone has seen it.
 
         Raises:
             InputError: ``raise`` was asked for.
@@ -58,8 +56,6 @@ class BadSamples:
             return
         self._seen.add(name)
         self.counts[reason] += 1
-        if processes > 1:
-            self._own, self._processes = self._own + 1, processes
         described = f"{name} ({reason}{': ' if detail else ''}{detail})"
         if self.raises:
             raise InputError(
@@ -87,13 +83,10 @@ class BadSamples:
     def check(self) -> None:
         """Raises InputError where more than the allowed share of all samples is bad, with counts and names."""
         bad = self.counts.total()
-        # What the others have found is not known; from a few on it is as many each.
-        others = self._own * (self._processes - 1) if self._own >= NAMED else 0
-        if bad + others > self.max_bad_fraction * self.total:
-            own = " (in this process, of its share)" if others else ""
+        if bad > self.max_bad_fraction * self.total:
             more = f" and {bad - len(self._named):,} more" if bad > len(self._named) else ""
             raise InputError(
-                f"{self} of {self.total:,} samples{own} cannot be used, more than data.max_bad_fraction="
+                f"{self} of {self.total:,} samples cannot be used, more than data.max_bad_fraction="
                 f"{self.max_bad_fraction:g} allows: {'; '.join(self._named)}{more}. Mend or delete them, or raise it"
             )
 

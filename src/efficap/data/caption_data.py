@@ -15,7 +15,7 @@ from PIL import Image
 from efficap.batch import CaptionBatch
 from efficap.data.loader import CheckedLoader, Place, Placed
 from efficap.errors import InputError
-from efficap.ranks import world_size
+from efficap.ranks import is_first, world_size
 from efficap.tokenizer import CaptionTokenizer
 
 _NEXT = 8  # batches among which one is looked for
@@ -73,7 +73,7 @@ class CaptionData(ABC):
         epoch, batch = state_dict["place"]
         self._resumed, self.begun_by = (epoch, batch), state_dict.get("processes")
         once, now = state_dict.get("pictures"), self.training_size
-        if batch and once not in (None, now):
+        if batch and once not in (None, now) and is_first():
             warnings.warn(
                 f"the training split has {now:,} pictures and had {once:,} when this training was stopped: the rest "
                 "of the epoch comes in another order, with some pictures twice and some not at all",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def read_json(setting: str, file: Path, split: str | None, image_dir: Path) -> l
     content = _load(setting, file)
     try:
         if isinstance(content, list):
-            rows = _list_rows(content, split or _split_of(setting, file))
+            rows = _list_rows(content, split, functools.partial(_split_of, setting, file))
         elif _is_coco(content):
             rows = _coco_rows(content, file, split or _split_of(setting, file), image_dir)
         elif isinstance(content, dict) and isinstance(content.get("images"), list):
@@ -116,7 +117,7 @@ def _is_coco(content: object) -> bool:
 _KINDS = (
     "known are COCO's captions_*.json ('images' and 'annotations' with 'caption') and image_info_*.json, "
     "Karpathy's dataset_*.json ('images' with 'filename', 'split' and 'sentences') and a list of objects with 'image' "
-    "and 'caption'"
+    "and 'caption', perhaps 'split'"
 )
 
 
@@ -179,16 +180,22 @@ def _karpathy_pictures(images: list[dict[str, Any]], image_dir: Path) -> list[tu
 def _karpathy_rows(images: list[dict[str, Any]], image_dir: Path) -> list[CaptionRow]:
     rows = []
     for path, image in _karpathy_pictures(images, image_dir):
-        split = "train" if image["split"] == "restval" else _text(image["split"])
+        split = _split(_text(image["split"]))
         rows += [(path, _text(sentence["raw"]), split) for sentence in image["sentences"]]
     return rows
 
 
-def _list_rows(entries: list[dict[str, Any]], split: str) -> list[CaptionRow]:
+def _list_rows(
+    entries: list[dict[str, Any]], split: str | None, split_of_file: Callable[[], str]
+) -> list[CaptionRow]:
+    """The split is the one that is given, or the entry's own, or what the file's name tells."""
     rows = []
     for entry in entries:
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
-        rows += [
-            (_text(entry["image"]), _text(caption), _text(entry.get("split", split))) for caption in captions
-        ]
+        own = split or _split(_text(entry.get("split") or split_of_file()))
+        rows += [(_text(entry["image"]), _text(caption), own) for caption in captions]
     return rows
+
+
+def _split(name: str) -> str:
+    return "train" if name == "restval" else name

@@ -127,8 +127,7 @@ class CSVDataModule(CaptionDataModule):
             self.bad_samples.add(f"row {empty.row} of {self.table}, {empty.image_id}", "empty caption")
         for split, table in tables.items():
             file = self.quarantine or own_quarantine(self.table, split)
-            listed = read_quarantine(file) if file else set()
-            kept = table.without(listed)
+            kept = table.without(read_quarantine(file)) if file else table
             if len(kept) < len(table):
                 self.quarantined[f"{file}"] += len(table) - len(kept)
             if len(kept):

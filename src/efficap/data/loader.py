@@ -86,7 +86,7 @@ class CheckedLoader:
         for number, (batch, bad) in enumerate(self.batches, start=first):
             self.place = (epoch, number + 1)
             for name, reason, detail in bad:
-                self.bad_samples.add(name, reason, detail, processes=self.world)
+                self.bad_samples.add(name, reason, detail)
             if bad:
                 self.bad_samples.check()
             if batch is not None:
@@ -96,8 +96,7 @@ class CheckedLoader:
             elif batch is not None or keeps_length:
                 yield from itertools.repeat(last, 1 + (owed if keeps_length else 0))
                 owed = 0
-        if owed and (
-            first == 0 or self.world > 1
-        ):  # not where a resumed epoch had but its last batches to come
+        # Not where a resumed epoch had but its last batches to come.
+        if owed and (first == 0 or self.world > 1):
             reason = self.bad_samples or "data.text leaves no caption of them"
             raise InputError(f"nothing of {owed:,} batches can be used: {reason}")

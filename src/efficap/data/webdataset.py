@@ -86,6 +86,7 @@ class WebDatasetDataModule(CaptionDataModule):
                 f"there is {have}"
             )
         tars = self._find(split)
+        self._check_alike(split, list(map(str, tars)))
         with first_alone(f"index {tars}"):
             headers = ensure_indexes(
                 tars,
@@ -93,12 +94,7 @@ class WebDatasetDataModule(CaptionDataModule):
                 max_pixels=self.max_pixels,
                 workers=cores(),
             )
-        seen = gathered([(tar.name, headers[tar].digest, headers[tar].good) for tar in tars])
-        if any(others != seen[0] for others in seen):
-            raise InputError(
-                f"{self.settings[split]}={self.shards[split]}: processes see different shards; are they still being "
-                "written? start again when they are all there"
-            )
+        self._check_alike(split, [headers[tar].digest for tar in tars])
         for tar in tars:
             self._count_bad(tar, headers[tar])
         reader = ShardReader(
@@ -116,6 +112,15 @@ class WebDatasetDataModule(CaptionDataModule):
                 f"{self.settings[split]}={self.shards[split]}: no good sample; {self.bad_samples}"
             )
         return reader
+
+    def _check_alike(self, split: str, own: list[str]) -> None:
+        """Raises InputError where processes see different shards."""
+        first, *others = gathered(own)
+        if any(other != first for other in others):
+            raise InputError(
+                f"{self.settings[split]}={self.shards[split]}: processes see different shards; are they still being "
+                "written? start again when they are all there"
+            )
 
     def _find(self, split: str) -> list[Path]:
         tars = find_shards(self.shards[split] or [], self.settings[split])

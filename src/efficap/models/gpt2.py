@@ -10,6 +10,7 @@ these matrices as (in, out), this module as torch's Linear does, (out, in).
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,20 @@ class GPT2(nn.Module):
 
     def drop_head(self) -> None:
         self._head = None
+
+    def _apply(self, *args: Any, **kwargs: Any) -> GPT2:
+        self._head = None  # it would stay where, and as, the embedding was
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._head = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> GPT2:
+        """Like any module's; what learns has no head of its own."""
+        if mode:
+            self._head = None
+        return super().train(mode)
 
     def project_memory(self, memory: Tensor) -> list[KeyValue]:
         """Project the (B, N, D) memory to each layer's (B, H, N, d) keys and values, once for all rows."""

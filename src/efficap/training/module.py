@@ -127,9 +127,8 @@ class CaptionModule(pl.LightningModule):
     def validation_step(self, batch: CaptionBatch, _: int) -> None:
         if self.predictions.keys() >= set(batch.image_ids):
             return  # it stands for one of which nothing could be read
-        memories: dict[
-            str, Tensor
-        ] = {}  # (N, D) of each picture, which is encoded once for captions and loss
+        # (N, D) of each picture, which is encoded once for captions and loss.
+        memories: dict[str, Tensor] = {}
         self.writer.on_encoded = lambda ids, memory: memories.update(zip(ids, memory, strict=True))
         written = self.writer.write(batch.images, batch.image_ids)
         memory = torch.stack([memories[image_id] for image_id in batch.image_ids])  # (B, N, D)

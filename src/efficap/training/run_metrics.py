@@ -106,8 +106,7 @@ class RunMetrics(Callback):
         return self.seconds
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking:
-            self._stop_clock()
+        self._stop_clock()
 
     def _stop_clock(self) -> None:
         self._seconds()
@@ -122,7 +121,6 @@ class RunMetrics(Callback):
             if key.startswith("val/"):
                 entry[key] = float(value) if math.isfinite(value) else None  # JSON has no NaN
         self.history.append(entry)
-        self._resumed_at = time.monotonic()
         with only_warning("metrics.json"):
             self._write(trainer, draw=time.monotonic() - self._drawn_at >= CURVES_SECONDS)
 

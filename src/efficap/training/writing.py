@@ -28,6 +28,6 @@ def or_the_end(what: str, run_dir: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         raise InputError(
-            f"{what} could not be written at the end: {error}; make room, and python train.py resume={run_dir} goes on "
-            "from the last checkpoint"
+            f"{what} could not be written at the end: {error}; make room, and resume={run_dir} goes on from the last "
+            "checkpoint"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import os
 import tarfile
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -75,8 +76,6 @@ def write_shards(table: CaptionTable, out_dir: Path, settings: ShardSettings, wo
     jobs = _jobs(table, out_dir, settings)
     outcome: Counter[str] = Counter()
     missing = []
-    for leftover in out_dir.glob(".*.tar.*.tmp"):  # of processes that were killed
-        leftover.unlink(missing_ok=True)
     for job in jobs:
         done = _read_stats(job.tar)
         if done is None:
@@ -106,7 +105,7 @@ def _check_record(table: CaptionTable, out_dir: Path, settings: ShardSettings) -
         "pictures": len(table),
         "split": table.split,
         "captions": _digest(table),
-        "folder": str(table.files[0].absolute()).removesuffix(table.image_ids[0]),
+        "folder": os.path.realpath(str(table.files[0]).removesuffix(table.image_ids[0])),
     }
     file = out_dir / RECORD
     if file.is_file():

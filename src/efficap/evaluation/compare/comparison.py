@@ -57,7 +57,7 @@ class Comparison:
 
     def remarks(self) -> list[str]:
         """Sentences that belong to the tables."""
-        notes = [note for split in self.standings for note in split.notes]
+        notes = dict.fromkeys(note for split in self.standings for note in split.notes)
         left_out = [f"{run.path} has no scores: python eval.py run={run.path}" for run in self.unscored]
         return [*explanation(self.standings, self.resamples), *notes, *left_out]
 
