@@ -841,3 +841,13 @@ def test_the_number_of_open_files_stays_bounded(tmp_path: Path) -> None:
         open_files.append(len(os.listdir("/proc/self/fd")))
     assert max(open_files[2:]) <= open_files[1] + 8
     assert len(data.reader("train")._open) == OPEN
+
+
+def test_processes_that_see_different_shards_are_told_before_they_wait_for_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for split in ("train", "val"):
+        write_tar(tmp_path / split / "a.tar", samples("a", "b"))
+    monkeypatch.setattr("efficap.data.webdataset.gathered", lambda own: [own, [*own, "another.tar"]])
+    with pytest.raises(InputError, match=r"data.shards=\S+: processes see different shards; .*start again"):
+        from_shards(tmp_path)

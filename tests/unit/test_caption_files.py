@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image, features
 
+from efficap.commands.caption import _new_folder
 from efficap.commands.caption_folder import CaptionedFile, find_pictures, print_outcome
 from efficap.commands.caption_shards import check_shards_alone
 from efficap.data.pictures import Picture
@@ -77,3 +78,9 @@ def test_a_files_name_that_the_terminal_cannot_show_is_escaped(
         first == "no picture: " + name.replace("\udce9", r"\udce9").replace("—", r"\u2014") + " (no picture)"
     )
     assert second.startswith("0 captioned, 1 left out; in out")
+
+
+def test_two_captionings_of_one_second_have_a_folder_each(tmp_path: Path) -> None:
+    folders = {_new_folder(tmp_path / "captions") for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() for folder in folders)

@@ -7,6 +7,7 @@ from rich.console import Console
 from test_scores import PREDICTIONS, REFERENCES
 
 from efficap.errors import InputError
+from efficap.evaluation import java
 from efficap.evaluation.groups import check_groups, groups_table, score_groups
 from efficap.evaluation.scores import score_captions
 
@@ -61,3 +62,33 @@ def test_the_table_has_a_row_for_each_domain_and_for_the_whole() -> None:
         "entire",
     ]
     assert ["near", "1", "-"] in lines
+
+
+def test_where_java_fails_each_domain_says_so_and_nothing_is_raised(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: object) -> None:
+        raise RuntimeError("the PTB tokenizer ended with status 1")
+
+    monkeypatch.setattr("efficap.evaluation.java.tokenize", fail)
+    scores = score_groups(PREDICTIONS, REFERENCES, DOMAINS, metrics=["CIDEr"])
+    for domain in set(DOMAINS.values()):
+        assert scores[f"{domain}/CIDEr"] is None
+        assert "status 1" in str(scores[f"{domain}/CIDEr_error"])
+
+
+def test_java_starts_once_for_all_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, tokenize = [], java.tokenize
+    monkeypatch.setattr(java, "tokenize", lambda sentences: asked.append(sentences) or tokenize(sentences))
+    score_groups(PREDICTIONS, REFERENCES, DOMAINS, metrics=["BLEU", "CIDEr"])
+    assert len(asked) == 1
+
+
+@pytest.mark.usefixtures("small_meteor")
+def test_meteor_of_a_domain_is_that_of_its_pictures_alone() -> None:
+    scores = score_groups(PREDICTIONS, REFERENCES, DOMAINS, metrics=["METEOR"])
+    own = [image_id for image_id in PREDICTIONS if DOMAINS[image_id] == "in"]
+    alone = score_captions(
+        {image_id: PREDICTIONS[image_id] for image_id in own},
+        {image_id: REFERENCES[image_id] for image_id in own},
+        metrics=["METEOR"],
+    )
+    assert scores["in/METEOR"] == pytest.approx(alone["METEOR"], abs=1e-6)

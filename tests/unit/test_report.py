@@ -12,6 +12,7 @@ from efficap.errors import InputError
 from efficap.evaluation.gallery import THUMBNAIL
 from efficap.evaluation.report import GalleryItem, contact_sheet, plot_curves, scores_table, write_gallery
 from efficap.evaluation.sheet import wrap
+from efficap.training.callbacks import _small
 
 ORIENTATION = 0x0112  # the EXIF tag
 
@@ -245,3 +246,14 @@ def test_a_sentence_without_spaces_is_broken_where_the_line_ends():
     lines = wrap("x" * 20, font, 60, 5)
     assert len(lines) > 1
     assert "".join(lines) == "x" * 20
+
+
+def test_a_picture_for_wandb_tells_nothing_but_itself(tmp_path):
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    exif.get_ifd(0x8825)[2] = (48.0, 51.0, 29.0)  # where it was taken
+    Image.new("RGB", (1000, 500)).save(tmp_path / "a.jpg", exif=exif)
+    shown = _small(tmp_path / "a.jpg").image
+    assert shown.size == (THUMBNAIL // 2, THUMBNAIL)
+    assert not dict(shown.getexif())
+    assert _small(tmp_path / "none.jpg") is None

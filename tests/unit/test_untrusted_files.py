@@ -396,3 +396,9 @@ def test_a_link_out_of_the_pictures_folder_is_not_followed_unless_that_is_asked_
     ):
         read_table(table, images, **columns)
     assert len(read_table(table, images, **columns, allow_absolute=True)[0]["train"]) == 1
+
+
+def test_what_a_process_left_that_was_killed_as_it_wrote_weights_goes(tmp_path: Path) -> None:
+    (tmp_path / ".model.safetensors.0123abcd.tmp").write_bytes(b"half")
+    save_weights({"a": torch.zeros(2)}, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]
