@@ -79,9 +79,8 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
     except ValueError as error:
         raise InputError(f"{file} is damaged; remove it") from error
     theirs = earlier["overrides"]
-    if theirs is None or sorted(theirs) != sorted(
-        job["overrides"]
-    ):  # in any order, as the folder's name has them
+    # in any order, as the folder's name has them
+    if theirs is None or sorted(theirs) != sorted(job["overrides"]):
         raise InputError(
             f"{folder} is another job's already; hydra.sweep.dir=DIR gives this sweep a folder of its own, and "
             "hydra.sweep.subdir, left as it is, each job"

@@ -32,21 +32,17 @@ _PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed")  # the weights stay fl
 
 def leave_out_lightnings_chatter() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", message=".*irectory .* exists and is not empty"
-    )  # Hydra's files, a resumed run
-    warnings.filterwarnings(
-        "ignore", message=".*LeafSpec.* is deprecated"
-    )  # Lightning's own, under torch 2.15
+    # Hydra's files, a resumed run
+    warnings.filterwarnings("ignore", message=".*irectory .* exists and is not empty")
+    # Lightning's own, under torch 2.15
+    warnings.filterwarnings("ignore", message=".*LeafSpec.* is deprecated")
     warnings.filterwarnings("ignore", message=".*your dataloader is not resumable")  # the data module counts
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start")  # a frozen encoder, SCST
-    warnings.filterwarnings(
-        "ignore", message=".*sync_dist=True"
-    )  # what is logged is of all processes already
-    warnings.filterwarnings(
-        "ignore", message=".*WeightAveraging callback with a model that overrides"
-    )  # no shards
+    # what is logged is of all processes already
+    warnings.filterwarnings("ignore", message=".*sync_dist=True")
+    # no shards
+    warnings.filterwarnings("ignore", message=".*WeightAveraging callback with a model that overrides")
     warnings.filterwarnings("ignore", message=".*does not have many workers")  # data.num_workers chooses
 
 

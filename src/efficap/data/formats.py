@@ -164,12 +164,13 @@ def _listed(setting: str, row: int, text: str) -> list[str]:
     for read in (json.loads, _python_list):
         try:
             value = read(text)
+        # the last two of what is nested too deeply
         except (
             ValueError,
             SyntaxError,
             RecursionError,
             MemoryError,
-        ):  # the last two of what is nested too deeply
+        ):
             continue
         if isinstance(value, list) and all(isinstance(caption, str) for caption in value):
             return value

@@ -113,9 +113,8 @@ class Beam(Decoding):
         running = Hypotheses.start(rules.prompt, images * groups, self.max_tokens, eos_id, device)
         finished = Hypotheses.blank(images * groups, width, self.max_tokens, eos_id, device)
         results = Hypotheses.blank(images, self.num_beams, self.max_tokens, eos_id, device)
-        place = torch.arange(
-            images, device=device
-        )  # where each image that is still searched belongs in the results
+        # where each image that is still searched belongs in the results
+        place = torch.arange(images, device=device)
         is_open = torch.ones(images * groups, dtype=torch.bool, device=device)  # false once a pool is final
         prompt = len(rules.prompt)
         logits = read_prompt(step, rules.prompt, images, device)  # (B, V)

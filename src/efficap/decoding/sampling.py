@@ -207,9 +207,8 @@ def _inverse_cdf(probs: Tensor, uniform: Tensor) -> Tensor:
     """Words (B,) in the order of their ids, at `uniform` (B, 1) of `probs` (B, V): nothing needs to be sorted."""
     upto = probs.cumsum(dim=-1).masked_fill(probs == 0, 0.0)  # (B, V), and what cannot come is never above
     total = upto.amax(dim=-1, keepdim=True)  # (B, 1)
-    target = torch.minimum(
-        uniform * total, total.nextafter(torch.zeros_like(total))
-    )  # the product may round up
+    # the product may round up
+    target = torch.minimum(uniform * total, total.nextafter(torch.zeros_like(total)))
     return (upto > target).byte().argmax(dim=-1)  # the first that is
 
 

@@ -202,9 +202,8 @@ class FixedDecodingState:
         self.memory = memory[:pictures]
         keys_and_values = [(k.contiguous(), v.contiguous()) for k, v in decoder.project_memory(memory)]
         self.cache = FixedCache(keys_and_values, max_tokens, decoder.empty_slot)
-        self.open = torch.arange(
-            pictures, device=memory.device
-        )  # places of the pictures that are still asked for
+        # places of the pictures that are still asked for
+        self.open = torch.arange(pictures, device=memory.device)
 
     def __call__(self, ids: Tensor, parents: Tensor | None, images: Tensor | None = None) -> Tensor:
         """As `DecodingState`."""

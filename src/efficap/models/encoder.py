@@ -174,9 +174,8 @@ class ImageEncoder(nn.Module):
     def checkpoint_gradients(self) -> None:
         """From now on keep only each block's input in training, and compute the block again for its gradients."""
         self.backbone.set_grad_checkpointing(True)
-        self._momentum = next(
-            (norm.momentum for norm in self._norms()), None
-        )  # all have the same; some have none
+        # all have the same; some have none
+        self._momentum = next((norm.momentum for norm in self._norms()), None)
 
     def _norms(self) -> list[_BatchNorm]:
         return [layer for layer in self.backbone.modules() if isinstance(layer, _BatchNorm)]

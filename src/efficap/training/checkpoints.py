@@ -60,9 +60,8 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
 
 def stage_of(checkpoint: Path) -> Stage:
     """The stage that a checkpoint was written in."""
-    found = read_checkpoint(checkpoint)["callbacks"]["RunMetrics"].get(
-        "stage", {}
-    )  # from before there were stages
+    # from before there were stages
+    found = read_checkpoint(checkpoint)["callbacks"]["RunMetrics"].get("stage", {})
     try:
         return Stage(**found)
     except TypeError as error:

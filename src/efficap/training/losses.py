@@ -87,9 +87,8 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
     """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-    if (
-        not torch.is_grad_enabled()
-    ):  # a Function is not told, and would make gradients of what could have them
+    # a Function is not told, and would make gradients of what could have them
+    if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()
     count: int | Tensor = max(1, len(targets))
     if targets.ndim == 1:

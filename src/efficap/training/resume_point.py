@@ -112,9 +112,8 @@ class ResumePoint(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_at, self._saved_step = time.monotonic(), trainer.global_step
         self._listen()
-        if (
-            trainer.received_sigterm
-        ):  # while loaders were being made, when Lightning listens, and would end with 0
+        # while loaders were being made, when Lightning listens, and would end with 0
+        if trainer.received_sigterm:
             self._signal = signal.SIGTERM
             trainer._signal_connector.received_sigterm = False
         if self._validation_due:  # Lightning would take it for done

@@ -99,10 +99,11 @@ def prepare_conceptual(
     record = {"lists": {part: file.stat().st_size for part, file in lists.items()}}
     _keep_record(folder, record | {"limit": limit, "image_size": image_size})
     rows = _write_lists(folder, lists, limit)
+    # the small one first: it shows soon what is wrong, and how much space is needed
     for part in (
         "val",
         "train",
-    ):  # the small one first: it shows soon what is wrong, and how much space is needed
+    ):
         if part == "train":
             _check_space_for_rest(folder, rows)
         download_shards(

@@ -130,9 +130,8 @@ def _open(url: str, headers: dict[str, str], part: Path) -> HTTPResponse:
     except HTTPError as error:
         with error:
             reason = f"the server answers {error.code} {error.reason}"
-        if (
-            error.code == 416
-        ):  # there is nothing after what is held: then it is not the beginning of this file
+        # there is nothing after what is held: then it is not the beginning of this file
+        if error.code == 416:
             _discard(part)
             raise BrokenTransferError(reason) from error
         if error.code in _PASSING:

@@ -87,9 +87,8 @@ def read_contents(tar: Path) -> TarContents:
         elif not _has_end_mark(tar, end):
             contents.problem = "cut tar"
     except (*_DAMAGE, OSError) as error:
-        if (
-            isinstance(error, OSError) and error.errno != errno.EINVAL
-        ):  # of a place before the file's beginning
+        # of a place before the file's beginning
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
             raise
         contents.problem = "cut tar" if found else _why_no_tar(tar, size, error)
     contents.samples = list(found.values())

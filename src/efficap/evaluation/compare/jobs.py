@@ -155,12 +155,13 @@ def _planned(file: Path) -> list[tuple[str, ...]]:
         swept = [f"{key}={values}" for key, values in (hydra["sweeper"].get("params") or {}).items()]
         overrides = OverridesParser.create().parse_overrides([*swept, *hydra["overrides"]["task"]])
         [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
+    # no record of a grid: what is planned is not known
     except (
         KeyError,
         TypeError,
         ValueError,
         HydraException,
-    ):  # no record of a grid: what is planned is not known
+    ):
         return []
     return [tuple(job) for job in batch]
 

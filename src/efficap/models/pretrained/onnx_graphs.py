@@ -108,9 +108,8 @@ def export_graphs(captioner: CaptionModel, image_size: int, directory: Path) -> 
     encoder = EncoderGraph(captioner).eval()
     _export(encoder, {"images": images}, MEMORY, [{0: free}], directory / ENCODER_FILE)
     keys, values = encoder(images)  # (L, B, H, N, d) each
-    past = keys.new_zeros(
-        keys.shape[0], 3 * 2, keys.shape[2], 4, keys.shape[4]
-    )  # no dimension is 1, or it is fixed
+    # no dimension is 1, or it is fixed
+    past = keys.new_zeros(keys.shape[0], 3 * 2, keys.shape[2], 4, keys.shape[4])
     # Each a tensor of its own: the exporter takes inputs that are the same tensor for one and the same.
     inputs = {
         "ids": torch.zeros(2, 3, dtype=torch.int64),
@@ -137,9 +136,8 @@ def quantize_graphs(directory: Path) -> None:
     rounded = directory / "rounded"
     rounded.mkdir()
     for name in (ENCODER_FILE, DECODER_FILE):
-        beside = (
-            directory / f"{name}.data"
-        )  # the weights of a large graph; the name is kept, for the graph says it
+        # the weights of a large graph; the name is kept, for the graph says it
+        beside = directory / f"{name}.data"
         with _quiet():
             quantize_dynamic(
                 directory / name,
