@@ -21,7 +21,7 @@ from transformers import AutoTokenizer
 
 from efficap import Captioner
 from efficap.commands.caption import caption
-from efficap.commands.captioner import _settings_of
+from efficap.commands.decoding_settings import decoding_settings
 from efficap.commands.entry import CONF
 from efficap.commands.evaluate import evaluate
 from efficap.data.pictures import PictureError
@@ -321,7 +321,7 @@ def test_within_a_program_of_hydras_a_decoding_is_found_and_the_program_goes_on(
     captioner: Captioner, pictures: list[Path]
 ) -> None:
     expected = captioner.caption(pictures, "greedy")
-    _settings_of.cache_clear()
+    decoding_settings.cache_clear()
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         assert captioner.caption(pictures, "greedy") == expected
         assert hydra.compose("caption", ["run=a", "images=b"]).run == "a"

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 from huggingface_hub import ModelCard, ModelHubMixin, snapshot_download
-from hydra.core.global_hydra import GlobalHydra
 from PIL import Image
 from torch import Tensor
 
-from efficap.commands.entry import CONF, NO_CONF, compose
+from efficap.commands.decoding_settings import decoding_settings
 from efficap.commands.model_card import TEMPLATE, card_values
 from efficap.commands.published_settings import published_settings
 from efficap.commands.run_dir import CONFIG_FILE, TOKENIZER_DIR, RunDirectory
@@ -183,7 +180,7 @@ class Captioner(
         Raises:
             InputError: an unknown method.
         """
-        return dict(_settings_of(decoding) if decoding else self.run.config["decoding"])
+        return dict(decoding_settings(decoding) if decoding else self.run.config["decoding"])
 
     def writer(self, settings: dict[str, Any]) -> CaptionWriter:
         """What writes captions of squares with these settings of a decoding, its batch size found.
@@ -278,27 +275,3 @@ class Captioner(
     def generate_model_card(self, *args: Any, **kwargs: Any) -> ModelCard:
         """The hub's page: how to use it, what it is, its scores and its pictures with captions."""
         return super().generate_model_card(*args, **{**card_values(self.run), **kwargs})
-
-
-@functools.cache
-def _settings_of(decoding: str) -> dict[str, Any]:
-    """All settings of conf/decoding/`decoding`.yaml."""
-    if not CONF.is_dir():
-        raise InputError(NO_CONF)
-    if not (CONF / "decoding" / f"{decoding}.yaml").is_file():
-        known = sorted(file.stem for file in (CONF / "decoding").glob("*.yaml"))
-        raise InputError(f"decoding={decoding} must be one of {', '.join(known)}")
-    with _outside_of_hydra():
-        settings: dict[str, Any] = compose("caption", f"decoding={decoding}", "run=", "images=")["decoding"]
-    return settings
-
-
-@contextlib.contextmanager
-def _outside_of_hydra() -> Iterator[None]:
-    """The program around may be one of Hydra's, which composes one configuration at a time."""
-    around = GlobalHydra.instance().hydra
-    GlobalHydra.instance().hydra = None
-    try:
-        yield
-    finally:
-        GlobalHydra.instance().hydra = around  # composing may have put another instance in its place
