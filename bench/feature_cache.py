@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -21,7 +22,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
+
 import torch
+
+from efficap.commands.entry import CONF, plain, tune_process
 
 BATCH, WORDS = 32, 4096
 ENCODER = "efficientnet_b0"
@@ -40,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.short:
         options.pictures, options.rounds = 128, 2
+    tune_process()
     with tempfile.TemporaryDirectory(prefix="efficap-bench-") as name:
         table, image_dir = options.table, options.image_dir
         if table is None:
@@ -149,8 +155,6 @@ def _compose(
     options: argparse.Namespace, table: str, image_dir: str, features: Path | None
 ) -> dict[str, Any]:
     import hydra
-
-    from efficap.commands.entry import CONF, plain
 
     overrides = [
         *MODEL,

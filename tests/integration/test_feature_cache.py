@@ -126,6 +126,7 @@ def test_training_batches_have_the_same_pictures_and_captions_in_every_epoch(col
             assert a.image_ids == b.image_ids
             assert torch.equal(a.tokens, b.tokens)
             assert a.references is None
+            assert a.images.is_contiguous(memory_format=torch.channels_last), "as the model reads them"
             for image_id, image in zip(a.image_ids, a.images, strict=True):
                 assert torch.equal(image, maps[image_id])
 

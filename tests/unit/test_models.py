@@ -12,12 +12,13 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
-from efficap.models.bridge import Bridge, interpolated
+from efficap.models.bridge import Bridge, interpolated, projected
 from efficap.models.build import build_model
 from efficap.models.cache import DecodingCache
 from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import EncoderSpec
 from efficap.models.gpt2 import GPT2
+from efficap.models.linear import Linear
 from efficap.models.pretrained.gpt2 import gpt2_state_dict
 from efficap.training.losses import batch_loss
 
@@ -289,6 +290,23 @@ def test_a_finer_latent_map_has_the_positions_of_the_coarse_one_and_those_betwee
     assert features.shape[-2:] == (3 * step, 3 * step)
     assert torch.allclose(features[..., ::step, ::step], coarse(images), atol=1e-6)
     assert not torch.allclose(features[..., 1::step, ::step], coarse(images), atol=1e-3)
+
+
+@pytest.mark.parametrize("encoder_learns", [True, False])
+def test_what_is_normalised_and_projected_has_torchs_values_and_gradients(encoder_learns: bool) -> None:
+    norm, project = torch.nn.LayerNorm(6), Linear(6, 4)
+    for module in (norm, project):
+        randomise(module)
+    x = torch.randn(2, 5, 6, requires_grad=encoder_learns)
+    learning = [*norm.parameters(), *project.parameters(), *([x] if encoder_learns else [])]
+    slope = torch.randn(2, 5, 4)
+    sides = []
+    for y in (projected(x, norm, project), F.linear(norm(x), project.weight, project.bias)):
+        sides.append([y, *torch.autograd.grad(y, learning, slope)])
+    for ours, theirs in zip(*sides, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.no_grad():
+        torch.testing.assert_close(projected(x, norm, project), sides[1][0])
 
 
 def test_interpolated_positions_keep_a_linear_ramp() -> None:

@@ -181,4 +181,10 @@ class CaptionedImages(Dataset[Any]):
         references = None if in_training else [self.rows["references", index] for index in indices]
         image_ids = [self.rows["image_id", index] for index in indices]
         tokens, lengths = collate_captions(captions, self.pad_id)
-        return CaptionBatch(torch.stack(images), tokens, lengths, image_ids, references), bad
+        batched = _stacked_as_they_lie(images) if self.features else torch.stack(images)
+        return CaptionBatch(batched, tokens, lengths, image_ids, references), bad
+
+
+def _stacked_as_they_lie(maps: list[Tensor]) -> Tensor:
+    """(C, h, w) maps, position after position in memory, as a (B, C, h, w) that lies likewise; torch.stack turns it."""
+    return torch.stack([each.permute(1, 2, 0) for each in maps]).permute(0, 3, 1, 2)

@@ -46,7 +46,8 @@ class FeatureStore:
 
     A map is on the disk before its line is written, so a line vouches for its map. What a killed process leaves
     behind the last good line, whole maps or halves of a map or a line, is never read and cut off by the next writer.
-    A picture that has changed gets a map behind the others.
+    A picture that has changed gets a map behind the others. A map lies there position after position, as the encoder
+    makes it and the projection reads it.
 
     Args:
         folder: of both files; it is made when there is something to write.
@@ -139,10 +140,10 @@ class FeatureStore:
         assert self._writing is not None
         assert maps.shape == (len(pictures), *self.shape), (maps.shape, self.shape)
         index_file, maps_file = self._writing
-        rows = maps.to("cpu", torch.bfloat16).contiguous().view(torch.uint16).numpy()
+        rows = maps.to("cpu", torch.bfloat16).permute(0, 2, 3, 1).contiguous()  # (B, h, w, C)
         lines = b"".join(json.dumps(picture).encode() + b"\n" for picture in pictures)
         with self._failures_named("written"):
-            _write_all(maps_file, rows.data.cast("B"))
+            _write_all(maps_file, rows.view(torch.uint16).numpy().data.cast("B"))
             os.fsync(maps_file.fileno())  # or a power cut could leave the line without the map
             _write_all(index_file, memoryview(lines))
         for picture in pictures:
@@ -193,12 +194,13 @@ class FeatureMaps:
 
     def _open(self) -> None:
         count = int(self.rows.max(initial=-1)) + 1
+        channels, height, width = self.shape
         self._maps = torch.empty(0, *self.shape, dtype=torch.bfloat16)  # (R, C, h, w)
         if count:
-            mapped = np.memmap(self.file, np.uint16, "r", shape=(count, *self.shape))
+            mapped = np.memmap(self.file, np.uint16, "r", shape=(count, height, width, channels))
             with warnings.catch_warnings():  # that torch would let one write to it; nobody does
                 warnings.filterwarnings("ignore", message=".*not writable")
-                self._maps = torch.from_numpy(mapped).view(torch.bfloat16)
+                self._maps = torch.from_numpy(mapped).view(torch.bfloat16).permute(0, 3, 1, 2)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"file": self.file, "shape": self.shape, "rows": self.rows}

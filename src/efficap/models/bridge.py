@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from efficap.errors import InputError
 from efficap.models.attention import attention
-from efficap.models.linear import Linear
+from efficap.models.linear import Linear, linear
 
 
 class Bridge(nn.Module):
@@ -69,8 +69,21 @@ class Bridge(nn.Module):
     def _embed(self, features: Tensor) -> Tensor:
         height, width = features.shape[-2:]
         x = features.flatten(2).transpose(1, 2)  # (B, N, C)
-        x = self.project(self.norm_in(x))  # (B, N, D)
+        x = projected(x, self.norm_in, self.project)  # (B, N, D)
         return self.dropout(x + interpolated(self.positions.weight, self.grid, (height, width)))
+
+
+def projected(x: Tensor, norm: nn.LayerNorm, project: Linear) -> Tensor:
+    """`project(norm(x))`: (B, N, C) -> (B, N, D).
+
+    To learn, the normalisation's scale and shift go by the projection's weight and bias. Their gradients then take no
+    gradient of `x`, which for a frozen encoder is half of the projection's backward work, and nobody else needs it.
+    """
+    if not torch.is_grad_enabled():
+        return project(norm(x))
+    weight = project.weight * norm.weight  # (D, C)
+    bias = project.bias + (project.weight * norm.bias).sum(dim=1)  # (D,)
+    return linear(F.layer_norm(x, norm.normalized_shape, eps=norm.eps), weight, bias)
 
 
 def rolled_out(blocks: Iterable[nn.Module], x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from efficap.data.pictures import Picture, PictureError
 from efficap.errors import InputError
 from efficap.models.encoder import ImageEncoder
 
-VERSION = 1  # another one for other maps of the same weights and settings
+VERSION = 2  # another one for other maps of the same weights and settings, or in another order
 
 Pictures = list[tuple[Path, Stamp | None]]
 
