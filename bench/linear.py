@@ -19,7 +19,14 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from efficap.models.linear import linear, mkl_is_slow, packed, product
+from efficap.models.linear import (
+    cpu_has_bfloat16,
+    linear,
+    mkl_is_slow,
+    mkl_is_slow_in_training,
+    packed,
+    product,
+)
 
 Run = Callable[[], object]
 SIZES = [
@@ -41,7 +48,10 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="(default: torch's)")
     torch.set_num_threads(parser.parse_args().threads)
-    print(f"oneDNN is {'taken' if mkl_is_slow() else 'not taken'} on this processor")
+    taken = {"decoding": mkl_is_slow(), "training": mkl_is_slow_in_training()}
+    print(
+        f"on this processor oneDNN is taken in {' and '.join(name for name in taken if taken[name]) or 'nothing'}"
+    )
     print(f"{'R':>5}{'I':>6}{'O':>7}  {'':<18}   torch  oneDNN  packed  GFLOP/s")
     ratios = {}
     for rows, inputs, outputs in SIZES:
@@ -64,7 +74,7 @@ def contenders(rows: int, inputs: int, outputs: int) -> dict[str, list[Run]]:
             lambda: (product(slope, weight.T), product(slope.T, x.T)),
         ],
     }
-    if rows <= FEW:
+    if rows <= FEW and cpu_has_bfloat16():
         found["bfloat16 forward"] = forward(x.bfloat16(), weight.bfloat16())
     return found
 

@@ -10,17 +10,27 @@ import torch
 import torch.nn.functional as F
 
 from efficap.models import linear as module
-from efficap.models.linear import Linear, bfloat16_is_slow, cpu_has_bfloat16, linear, mkl_is_slow
+from efficap.models.linear import (
+    Linear,
+    bfloat16_is_slow,
+    cpu_has_bfloat16,
+    gradient_product,
+    linear,
+    mkl_is_slow,
+    mkl_is_slow_in_training,
+)
 
-ZEN4 = {"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx512_f": True}
+ZEN3 = {"cpu_name": "AMD EPYC 7763 64-Core Processor", "avx2": True, "avx512_f": False}
+ZEN4 = {"cpu_name": "AMD EPYC 9654 96-Core Processor", "avx2": True, "avx512_f": True}
+ASKED = (mkl_is_slow, mkl_is_slow_in_training, cpu_has_bfloat16)
 
 
 @pytest.fixture(autouse=True)
 def _ask_anew() -> Iterator[None]:
-    for asked in (mkl_is_slow, cpu_has_bfloat16):
+    for asked in ASKED:
         asked.cache_clear()
     yield
-    for asked in (mkl_is_slow, cpu_has_bfloat16):
+    for asked in ASKED:
         asked.cache_clear()
 
 
@@ -75,6 +85,26 @@ def test_what_is_frozen_gets_no_gradient(calls: list[tuple[int, ...]]) -> None:
     assert len(calls) == 2
 
 
+def test_a_gradient_is_the_product_of_its_matrices(calls: list[tuple[int, ...]]) -> None:
+    x, y = torch.randn(12, 5).T, torch.randn(12, 7)
+    torch.testing.assert_close(gradient_product(x, y), x @ y)
+    assert len(calls) == 1
+
+
+def test_without_avx_512_only_what_has_no_gradient_is_onednns(
+    calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: ZEN3, raising=False)
+    layer, x = Linear(12, 7), torch.randn(3, 12)
+    expected = F.linear(x, layer.weight, layer.bias)
+    layer(x).sum().backward()
+    torch.testing.assert_close(gradient_product(x.T, expected), x.T @ expected)
+    assert calls == []
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+    assert calls == [(3, 12)]
+
+
 def test_bfloat16_and_nothing_are_left_to_torch(calls: list[tuple[int, ...]]) -> None:
     layer = Linear(12, 7)
     with torch.autocast("cpu", torch.bfloat16):
@@ -86,17 +116,17 @@ def test_bfloat16_and_nothing_are_left_to_torch(calls: list[tuple[int, ...]]) ->
 @pytest.mark.parametrize(
     ("capabilities", "slow"),
     [
-        (ZEN4, True),
-        ({"cpu_name": "AMD EPYC 7763 64-Core Processor", "avx512_f": False}, False),
-        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8488C", "avx512_f": True}, False),
-        ({}, False),
+        (ZEN4, (True, True)),
+        (ZEN3, (True, False)),
+        ({"cpu_name": "Intel(R) Xeon(R) Platinum 8488C", "avx2": True, "avx512_f": True}, (False, False)),
+        ({}, (False, False)),
     ],
 )
-def test_it_is_chosen_for_amds_processors_with_avx_512(
-    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], slow: bool
+def test_it_is_chosen_for_amds_processors_and_in_training_for_those_with_avx_512(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, Any], slow: tuple[bool, bool]
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert mkl_is_slow() == slow
+    assert (mkl_is_slow(), mkl_is_slow_in_training()) == slow
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -35,11 +37,15 @@ def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_products(
     targets = torch.randint(0, 50, (23,))
     products: list[int] = []
 
-    def counted(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        products.append(1)
-        return F.linear(x, weight)
+    def counted(multiply: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def product(*matrices: torch.Tensor) -> torch.Tensor:
+            products.append(1)
+            return multiply(*matrices)
 
-    monkeypatch.setattr(losses, "linear", counted)
+        return product
+
+    monkeypatch.setattr(losses, "linear", counted(F.linear))
+    monkeypatch.setattr(losses, "gradient_product", counted(torch.matmul))
     expected = caption_loss(hidden, head, targets, label_smoothing=0.1)
     assert len(products) == 3
     for mode in (torch.no_grad, torch.inference_mode):

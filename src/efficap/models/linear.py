@@ -1,8 +1,9 @@
 """Matrix products by oneDNN, on the CPUs for which torch's own way of computing them is slow.
 
 torch leaves those of float32 to MKL, which on AMD's processors makes no use of AVX-512; oneDNN, which torch has for its
-convolutions, was seen to be twice as fast there (docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding
-multiplies few rows by the same weights again and again, whose order oneDNN changes each time unless it was done before.
+convolutions, was seen to be twice as fast there, and on those without AVX-512 for the few rows of a decoding
+(docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding multiplies by the same weights again and again,
+whose order oneDNN changes each time unless it was done before.
 
 R rows, I inputs, O outputs; V words, D width.
 """
@@ -75,10 +76,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return product(x, weight, bias)
     if not (_is_float32_on_cpu(x) and mkl_is_slow() and x.numel()):
         return F.linear(x, weight, bias)
-    if torch.is_grad_enabled():
-        y: Tensor = _Linear.apply(x, weight, bias)
-        return y
-    return product(x, weight, bias)
+    if not torch.is_grad_enabled():
+        return product(x, weight, bias)
+    if not mkl_is_slow_in_training():
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight, bias)
+    return y
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -88,12 +91,23 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y
 
 
+def gradient_product(x: Tensor, y: Tensor) -> Tensor:
+    """(…, I) @ (I, O), of a gradient."""
+    return product(x, y.T) if _is_float32_on_cpu(x) and mkl_is_slow_in_training() else x @ y
+
+
 @functools.cache
 def mkl_is_slow() -> bool:
-    """Whether this is a processor of AMD with AVX-512 and a torch that has what `product` calls."""
+    """Whether this is a processor of AMD, of the last ten years, and a torch that has what `product` calls."""
     capabilities = _capabilities()
     is_amd = str(capabilities.get("cpu_name", "")).startswith("AMD")
-    return _has_operator() and is_amd and bool(capabilities.get("avx512_f"))
+    return _has_operator() and is_amd and bool(capabilities.get("avx2"))
+
+
+@functools.cache
+def mkl_is_slow_in_training() -> bool:
+    """Whether it has AVX-512, too: without it MKL is as fast for many rows, and faster for their gradients."""
+    return mkl_is_slow() and bool(_capabilities().get("avx512_f"))
 
 
 def _has_operator() -> bool:
@@ -133,7 +147,7 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = product(gradient, weight.T) if ctx.needs_input_grad[0] else None  # (…, I)
+        of_x = gradient_product(gradient, weight) if ctx.needs_input_grad[0] else None  # (…, I)
         rows = gradient.flatten(0, -2)  # (R, O)
-        of_weight = product(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None  # (O, I)
+        of_weight = gradient_product(rows.T, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None  # (O, I)
         return of_x, of_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None

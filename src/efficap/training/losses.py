@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from efficap.batch import CaptionBatch
 from efficap.models.captioner import CaptionModel
-from efficap.models.linear import centred, linear
+from efficap.models.linear import centred, gradient_product, linear
 from efficap.ranks import summed, world_size
 from efficap.training.augment import choose_hidden, drop_tokens, hide_words, read_once
 
@@ -138,9 +138,9 @@ class _SummedCrossEntropy(Function):
             if not needs_gradient:
                 continue
             for part, slope in zip(of_head.split(WORDS_AT_ONCE), z.split(WORDS_AT_ONCE, dim=1), strict=True):
-                of_part = linear(slope.T, h.T)  # (up to WORDS_AT_ONCE, D)
+                of_part = gradient_product(slope.T, h)  # (up to WORDS_AT_ONCE, D)
                 part.add_(of_part) if of_hidden else part.copy_(of_part)
-            of_hidden.append(linear(z, weight.T))
+            of_hidden.append(gradient_product(z, weight))
         if needs_gradient:  # not by save_for_backward: large as they are, they are scaled in place, once
             ctx.of_hidden, ctx.of_head = torch.cat(of_hidden), of_head
         return total
