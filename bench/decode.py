@@ -32,6 +32,7 @@ from decoders import DEVICE, Case, Floor, build_random, generate_for, ours, rand
 from transformers.utils import logging
 
 from efficap.commands.entry import tune_process
+from efficap.models.fold import fold_norms
 
 
 def seconds(run: Callable[[], Any]) -> float:
@@ -49,7 +50,8 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
     if compile:
         captioner.compile_decoding()
     else:
-        captioner.pack_weights()  # as caption.py and eval.py do
+        fold_norms(captioner.encoder.backbone)  # as caption.py and eval.py do
+        captioner.pack_weights()
     images = random_images(case)
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: ours(captioner, images, case),

@@ -11,6 +11,8 @@ from decoders import DEVICE, Case, build_random, ours, random_images, theirs
 from plain import MODELS, Plain
 from transformers.utils import logging
 
+from efficap.models.fold import fold_norms
+
 
 def peak_memory(way: str, case: Case) -> float:
     """MiB that decoding adds to a process that has the weights and has encoded once.
@@ -19,6 +21,7 @@ def peak_memory(way: str, case: Case) -> float:
     """
     captioner = build_random(case)
     if way == "ours":
+        fold_norms(captioner.encoder.backbone)
         captioner.pack_weights()
     plain = Plain(captioner, MODELS[case.model]["encoder"]) if way == "generate" else None
     images = random_images(case)

@@ -52,8 +52,8 @@ class Captioner(
         run: the run directory, or the download of a published one.
         accelerator: ``auto``, ``cpu`` or ``gpu``.
         precision: of the weights, ``float32`` or ``bfloat16``; None: bfloat16 on a GPU that has it.
-        packed: whether a CPU decodes faster, as in ``caption.py``, by weights in an order of its own; `model` can
-            then be neither trained nor saved.
+        packed: whether captions come faster, as in ``caption.py``, by weights with BatchNorm in them and, on a CPU, in
+            an order of its own; `model` can then be neither trained nor saved.
 
     Attributes:
         model: the network, in evaluation mode.

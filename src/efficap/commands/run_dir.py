@@ -23,6 +23,7 @@ from efficap.errors import InputError
 from efficap.files import replacing
 from efficap.models.build import load_model
 from efficap.models.captioner import CaptionModel
+from efficap.models.fold import fold_norms
 from efficap.models.pretrained.onnx_runtime import OnnxCaptioner
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.tokenizer import CaptionTokenizer
@@ -118,7 +119,8 @@ class RunDirectory:
 
         Args:
             compile: whether it decodes through torch.compile.
-            packed: whether, if not, its weights are laid out for decoding; see `CaptionModel.pack_weights`.
+            packed: whether its weights are laid out for captions alone; see `fold_norms` and, where it is not compiled,
+                `CaptionModel.pack_weights`.
 
         Raises:
             InputError: an export is to be compiled, which is no model of torch's.
@@ -131,6 +133,8 @@ class RunDirectory:
             n_positions = self.config["model"]["decoder"]["n_positions"]
             return OnnxCaptioner(self.path, n_positions=n_positions, vocab_size=tokenizer.vocab_size)
         captioner = load_model(self.path, self.config["model"], tokenizer.vocab_size)
+        if packed:
+            fold_norms(captioner.encoder.backbone)  # before the weights are rounded, which then loses less
         captioner.to(device, precision)
         if compile:
             captioner.compile_decoding()

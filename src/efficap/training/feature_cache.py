@@ -5,6 +5,7 @@ B pictures, C channels, h x w positions of a feature map.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +27,7 @@ from efficap.data.module import CaptionDataModule
 from efficap.data.pictures import Picture, PictureError
 from efficap.errors import InputError
 from efficap.models.encoder import ImageEncoder
+from efficap.models.fold import fold_norms
 
 VERSION = 2  # another one for other maps of the same weights and settings, or in another order
 
@@ -133,23 +135,20 @@ def _announce(store: FeatureStore, lacking: int, total: int) -> None:
 def _fill(
     store: FeatureStore, encoder: ImageEncoder, lacking: Pictures, data: CSVDataModule, device: torch.device
 ) -> None:
-    home = encoder.mean.device
-    encoder.to(device).eval()
-    try:
-        with _progress() as progress:
-            bar = progress.add_task("Caching features", total=len(lacking))
-            for places, images, bad in _batches(lacking, data, pin_memory=device.type == "cuda"):
-                for place, error in bad:
-                    data.bad_samples.add(str(lacking[place][0]), error.reason, error.detail)
-                if bad:
-                    data.bad_samples.check()
-                if images is not None:
-                    stamps = [found for place in places if (found := lacking[place][1])]
-                    with torch.inference_mode():
-                        store.append(stamps, encoder(images.to(device, non_blocking=True)))
-                progress.advance(bar, len(places) + len(bad))
-    finally:
-        encoder.to(home)
+    encoder = copy.deepcopy(encoder).to(device).eval()
+    fold_norms(encoder.backbone)
+    with _progress() as progress:
+        bar = progress.add_task("Caching features", total=len(lacking))
+        for places, images, bad in _batches(lacking, data, pin_memory=device.type == "cuda"):
+            for place, error in bad:
+                data.bad_samples.add(str(lacking[place][0]), error.reason, error.detail)
+            if bad:
+                data.bad_samples.check()
+            if images is not None:
+                stamps = [found for place in places if (found := lacking[place][1])]
+                with torch.inference_mode():
+                    store.append(stamps, encoder(images.to(device, non_blocking=True)))
+            progress.advance(bar, len(places) + len(bad))
 
 
 Batch = tuple[list[int], Tensor | None, list[tuple[int, PictureError]]]

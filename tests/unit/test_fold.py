@@ -1,0 +1,80 @@
+"""BatchNorm that goes into the convolutions leaves every feature map as it was."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from efficap.models.encoder import ImageEncoder
+from efficap.models.fold import fold_norms
+
+IMAGES = torch.randint(0, 256, (2, 3, 64, 64), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def trained(name: str) -> ImageEncoder:
+    """An encoder whose BatchNorms all do something."""
+    encoder = ImageEncoder(
+        name=name,
+        image_size=64,
+        mean=(0.5, 0.4, 0.3),
+        std=(0.2, 0.3, 0.4),
+        frozen=True,
+        drop_path_rate=0.0,
+        output_stride=32,
+    )
+    for norm in norms(encoder):
+        for numbers in (norm.running_mean, norm.bias.data):
+            numbers.normal_(std=0.1)  # type: ignore[union-attr]
+        for numbers in (norm.running_var, norm.weight.data):
+            numbers.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+    return encoder
+
+
+def norms(encoder: ImageEncoder) -> list[nn.BatchNorm2d]:
+    return [layer for layer in encoder.modules() if isinstance(layer, nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize(
+    ("name", "left"),
+    [
+        ("test_efficientnet", 0),
+        ("efficientnet_b0", 0),
+        ("efficientnet_lite0", 0),  # ReLU6 in place of SiLU
+        ("tf_efficientnet_es", 0),  # edge residuals
+        ("mixnet_s", 34),  # several convolutions side by side have one BatchNorm
+        ("test_efficientnet_gn", 0),  # has none
+    ],
+)
+@torch.inference_mode()
+def test_a_folded_encoder_makes_the_same_maps(name: str, left: int) -> None:
+    encoder = trained(name).double()
+    expected = encoder(IMAGES)
+    fold_norms(encoder.backbone)
+    assert len(norms(encoder)) == left
+    torch.testing.assert_close(encoder(IMAGES), expected, rtol=1e-9, atol=1e-9 * expected.abs().max().item())
+
+
+@torch.inference_mode()
+def test_a_convolutions_own_bias_stays_in_it() -> None:
+    backbone = nn.Sequential(nn.Conv2d(3, 5, 3, bias=True), nn.BatchNorm2d(5)).double().eval()
+    backbone[1].running_mean.normal_()
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+    expected = backbone(x)
+    fold_norms(backbone)
+    torch.testing.assert_close(backbone(x), expected)
+
+
+@torch.inference_mode()
+def test_weights_that_are_rounded_afterwards_lose_no_more_than_without() -> None:
+    encoder = trained("efficientnet_b0")
+    expected = copy.deepcopy(encoder).double()(IMAGES)
+
+    def error(rounded: ImageEncoder) -> float:
+        return float((rounded.bfloat16()(IMAGES).double() - expected).norm())
+
+    plain = error(copy.deepcopy(encoder))
+    fold_norms(encoder.backbone)
+    assert error(encoder) < 1.1 * plain
