@@ -89,7 +89,7 @@ def build(
         **{**SCST, **changes},
     )
     module.logged = {}  # type: ignore[assignment]
-    module.log = lambda name, value, **_: module.logged.update({name: float(value)})  # type: ignore[method-assign,operator]
+    module.log = lambda name, value, **_: module.logged.update({name: float(torch.as_tensor(value).detach())})  # type: ignore[method-assign,operator]
     return module
 
 
