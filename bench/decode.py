@@ -47,10 +47,11 @@ def measure(case: Case, rounds: int, *, compile: bool = False) -> dict[str, floa
     """Medians over rounds in which the three take turns: seconds, ratios, and whether the tokens agree."""
     generate = Apart(generate_for, case)
     captioner, floor = build_random(case), Floor(build_random(case), case)
+    for decoder in (captioner, floor.captioner):  # as caption.py and eval.py do
+        fold_norms(decoder.encoder.backbone)
     if compile:
         captioner.compile_decoding()
     else:
-        fold_norms(captioner.encoder.backbone)  # as caption.py and eval.py do
         captioner.pack_weights()
     images = random_images(case)
     runs: dict[str, Callable[[], Any]] = {

@@ -48,21 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, image_dir = options.table, options.image_dir
         if table is None:
             table, image_dir = _write(Path(name), options)
-        plain = _Training(options, table, image_dir, None)
+        whole = _Training(options, table, image_dir, None)
         begin = time.perf_counter()
         cached = _Training(options, table, image_dir, Path(name) / "features")
         _say(f"prepared and filled in {time.perf_counter() - begin:.1f} s")
         rounds = []
-        for training in (plain, cached):
+        for training in (whole, cached):
             training.epoch(0)  # warm-up: page cache, allocator
         for number in range(options.rounds):
-            pair = [plain, cached] if number % 2 == 0 else [cached, plain]
+            pair = [whole, cached] if number % 2 == 0 else [cached, whole]
             seconds = {training: training.epoch(number + 1) for training in pair}
-            rounds.append((seconds[plain], seconds[cached]))
+            rounds.append((seconds[whole], seconds[cached]))
             _say(
-                f"round {number + 1}: {seconds[plain]:.2f} s without, {seconds[cached]:.2f} s with the cache"
+                f"round {number + 1}: {seconds[whole]:.2f} s without, {seconds[cached]:.2f} s with the cache"
             )
-    _report(options, rounds, plain.pictures, cached.filling)
+    _report(options, rounds, whole.pictures, cached.filling)
     return 0
 
 
@@ -180,7 +180,7 @@ def _compose(
 def _report(
     options: argparse.Namespace, rounds: list[tuple[float, float]], pictures: int, filling: float
 ) -> None:
-    ratios = [plain / cached for plain, cached in rounds]
+    ratios = [whole / cached for whole, cached in rounds]
     without, cached = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(ratios)
     print(

@@ -103,6 +103,9 @@ def test_maps_and_losses_are_those_of_the_pictures_up_to_rounding(colour_table: 
     (plain, captioner), (cached, same) = (
         prepared(colour_table, f"data.feature_cache={on}") for on in ("false", "true")
     )
+    assert same.encoder.state_dict().keys() == captioner.encoder.state_dict().keys(), (
+        "the cache left it whole"
+    )
     for ours, theirs in zip(cached.val_dataloader(), plain.val_dataloader(), strict=True):
         assert ours.image_ids == theirs.image_ids
         assert ours.references == theirs.references
@@ -138,6 +141,7 @@ def test_loader_processes_yield_the_same_batches(colour_table: Path) -> None:
     for a, b in zip(one, other, strict=True):
         assert a.image_ids == b.image_ids
         assert torch.equal(a.images, b.images)
+        assert b.images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_captions_that_are_not_learned_leave_each_map_with_its_picture(

@@ -91,6 +91,11 @@ def test_a_gradient_is_the_product_of_its_matrices(calls: list[tuple[int, ...]])
     assert len(calls) == 1
 
 
+def test_a_gradient_of_nothing_is_zero(calls: list[tuple[int, ...]]) -> None:
+    assert torch.equal(gradient_product(torch.empty(5, 0), torch.empty(0, 7)), torch.zeros(5, 7))
+    assert calls == []
+
+
 def test_without_avx_512_only_what_has_no_gradient_is_onednns(
     calls: list[tuple[int, ...]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

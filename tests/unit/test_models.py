@@ -12,6 +12,7 @@ from torch import Tensor
 
 from efficap.batch import CaptionBatch
 from efficap.errors import InputError
+from efficap.models import linear
 from efficap.models.bridge import Bridge, interpolated, projected
 from efficap.models.build import build_model
 from efficap.models.cache import DecodingCache
@@ -307,6 +308,17 @@ def test_what_is_normalised_and_projected_has_torchs_values_and_gradients(encode
         torch.testing.assert_close(ours, theirs)
     with torch.no_grad():
         torch.testing.assert_close(projected(x, norm, project), sides[1][0])
+
+
+def test_a_packed_projection_is_computed_where_gradients_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this torch has no oneDNN")
+    norm, project, x = torch.nn.LayerNorm(6), Linear(6, 4), torch.randn(2, 5, 6)
+    expected = project(norm(x))
+    monkeypatch.setattr(linear, "mkl_is_slow", lambda: True)
+    project.pack()
+    assert project.weight.is_mkldnn
+    torch.testing.assert_close(projected(x, norm, project), expected)
 
 
 def test_interpolated_positions_keep_a_linear_ramp() -> None:

@@ -181,7 +181,7 @@ class CaptionedImages(Dataset[Any]):
         references = None if in_training else [self.rows["references", index] for index in indices]
         image_ids = [self.rows["image_id", index] for index in indices]
         tokens, lengths = collate_captions(captions, self.pad_id)
-        batched = _stacked_as_they_lie(images) if self.features else torch.stack(images)
+        batched = torch.stack(images) if self.features is None else _stacked_as_they_lie(images)
         return CaptionBatch(batched, tokens, lengths, image_ids, references), bad
 
 

@@ -76,10 +76,11 @@ class Bridge(nn.Module):
 def projected(x: Tensor, norm: nn.LayerNorm, project: Linear) -> Tensor:
     """`project(norm(x))`: (B, N, C) -> (B, N, D).
 
-    To learn, the normalisation's scale and shift go by the projection's weight and bias. Their gradients then take no
-    gradient of `x`, which for a frozen encoder is half of the projection's backward work, and nobody else needs it.
+    To learn, the normalisation's scale and shift are multiplied into the projection's weight and bias. Their gradients
+    then need none of the normalised `x`, which is half of the projection's backward work and, where the encoder is
+    frozen, of no other use.
     """
-    if not torch.is_grad_enabled():
+    if not (torch.is_grad_enabled() and project.weight.requires_grad):
         return project(norm(x))
     weight = project.weight * norm.weight  # (D, C)
     bias = project.bias + (project.weight * norm.bias).sum(dim=1)  # (D,)

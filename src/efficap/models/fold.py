@@ -9,25 +9,28 @@ from __future__ import annotations
 from itertools import pairwise
 
 import torch
-from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 
 def fold_norms(backbone: nn.Module) -> None:
     """Let each BatchNorm that stands behind a convolution go into it, in place; what else there is stays.
 
     Args:
-        backbone: of timm, whose layers stand in the order in which they are computed; from now on for inference alone.
+        backbone: in which a BatchNorm behind a convolution reads what this makes, and nobody else does, as in timm's
+            EfficientNets; from now on for inference alone.
     """
     for parent in list(backbone.modules()):
         for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
-            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
                 _fold(conv, norm)
-                setattr(parent, name, norm.act if isinstance(norm, BatchNormAct2d) else nn.Identity())
+                setattr(
+                    parent, name, getattr(norm, "act", nn.Identity())
+                )  # timm's BatchNorms have one in them
 
 
 @torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
     assert norm.running_mean is not None
     assert norm.running_var is not None
     dtype = conv.weight.dtype

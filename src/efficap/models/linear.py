@@ -1,9 +1,9 @@
 """Matrix products by oneDNN, on the CPUs for which torch's own way of computing them is slow.
 
 torch leaves those of float32 to MKL, which on AMD's processors makes no use of AVX-512; oneDNN, which torch has for its
-convolutions, was seen to be twice as fast there, and on those without AVX-512 for the few rows of a decoding
-(docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding multiplies by the same weights again and again,
-whose order oneDNN changes each time unless it was done before.
+convolutions, was seen to be twice as fast there, and on those without AVX-512 for few rows or many outputs, but not in
+gradients (docs/benchmarks.md). Those of bfloat16 are oneDNN's anyway. A decoding multiplies by the same weights again
+and again, whose order oneDNN changes each time unless it was done before.
 
 R rows, I inputs, O outputs; V words, D width.
 """
@@ -92,8 +92,9 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def gradient_product(x: Tensor, y: Tensor) -> Tensor:
-    """(…, I) @ (I, O), of a gradient."""
-    return product(x, y.T) if _is_float32_on_cpu(x) and mkl_is_slow_in_training() else x @ y
+    """(…, I) @ (I, O), for a loss that makes its own gradients."""
+    by_onednn = x.numel() and _is_float32_on_cpu(x) and mkl_is_slow_in_training()
+    return product(x, y.T) if by_onednn else x @ y
 
 
 @functools.cache
@@ -106,7 +107,10 @@ def mkl_is_slow() -> bool:
 
 @functools.cache
 def mkl_is_slow_in_training() -> bool:
-    """Whether it has AVX-512, too: without it MKL is as fast for many rows, and faster for their gradients."""
+    """Whether `mkl_is_slow` for products that learn, too.
+
+    Without AVX-512 oneDNN loses in their gradients, where it puts turned matrices in order first, what it gains before.
+    """
     return mkl_is_slow() and bool(_capabilities().get("avx512_f"))
 
 
@@ -147,7 +151,7 @@ class _Linear(Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        of_x = gradient_product(gradient, weight) if ctx.needs_input_grad[0] else None  # (…, I)
+        of_x = product(gradient, weight.T) if ctx.needs_input_grad[0] else None  # (…, I)
         rows = gradient.flatten(0, -2)  # (R, O)
-        of_weight = gradient_product(rows.T, x.flatten(0, -2)) if ctx.needs_input_grad[1] else None  # (O, I)
+        of_weight = product(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None  # (O, I)
         return of_x, of_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
