@@ -60,7 +60,7 @@ def differences(model: str) -> dict[str, float]:
     theirs = plain.loss(batch.images, batch.tokens[:, 0], batch.lengths[:, 0])
     mine.backward()  # type: ignore[no-untyped-call]
     theirs.backward()  # type: ignore[no-untyped-call]
-    found = {"loss": abs(float(mine - theirs))}
+    found = {"loss": abs((mine - theirs).item())}
     pairs = {
         "encoder": (captioner.encoder.backbone, plain.encoder),
         "bridge": (captioner.bridge, plain.bridge),
