@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -22,10 +21,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
-
-import torch
 
 from efficap.commands.entry import CONF, plain, tune_process
 
@@ -43,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if options.short:
         options.pictures, options.rounds = 128, 2
-    tune_process()
+    tune_process()  # before torch is loaded, as train.py does
     with tempfile.TemporaryDirectory(prefix="efficap-bench-") as name:
         table, image_dir = options.table, options.image_dir
         if table is None:
@@ -107,6 +102,7 @@ class _Training:
     def __init__(
         self, options: argparse.Namespace, table: str, image_dir: str, features: Path | None
     ) -> None:
+        import torch
         from hydra.utils import instantiate
 
         from efficap.models.build import build_model, preprocessing, resolve_model
@@ -138,6 +134,8 @@ class _Training:
 
     def epoch(self, number: int) -> float:
         """Seconds of one epoch, from the first picture to the last step."""
+        import torch
+
         from efficap.training.losses import batch_loss
 
         begin = time.perf_counter()

@@ -30,10 +30,11 @@ def trained(name: str, output_stride: int = 32) -> ImageEncoder:
         output_stride=output_stride,
     )
     for norm in norms(encoder):
-        for numbers in (norm.running_mean, norm.bias.data):
-            numbers.normal_(std=0.1)  # type: ignore[union-attr]
-        for numbers in (norm.running_var, norm.weight.data):
-            numbers.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+        numbers = norm.state_dict()
+        for key in ("running_mean", "bias"):
+            numbers[key].normal_(std=0.1)
+        for key in ("running_var", "weight"):
+            numbers[key].uniform_(0.5, 1.5)
     return encoder
 
 

@@ -165,12 +165,7 @@ def _listed(setting: str, row: int, text: str) -> list[str]:
         try:
             value = read(text)
         # the last two of what is nested too deeply
-        except (
-            ValueError,
-            SyntaxError,
-            RecursionError,
-            MemoryError,
-        ):
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             continue
         if isinstance(value, list) and all(isinstance(caption, str) for caption in value):
             return value

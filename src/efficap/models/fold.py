@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from itertools import pairwise
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 
 def fold_norms(backbone: nn.Module) -> None:
@@ -23,20 +23,11 @@ def fold_norms(backbone: nn.Module) -> None:
     for parent in list(backbone.modules()):
         for (_, conv), (name, norm) in pairwise(list(parent.named_children())):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, _BatchNorm):
-                _fold(conv, norm)
-                setattr(
-                    parent, name, getattr(norm, "act", nn.Identity())
-                )  # timm's BatchNorms have one in them
-
-
-@torch.no_grad()
-def _fold(conv: nn.Conv2d, norm: _BatchNorm) -> None:
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    dtype = conv.weight.dtype
-    exact = torch.promote_types(dtype, torch.float32)
-    scale = norm.weight.to(exact) * (norm.running_var.to(exact) + norm.eps).rsqrt()  # (C,)
-    mean = norm.running_mean if conv.bias is None else norm.running_mean - conv.bias
-    bias = norm.bias - mean * scale
-    conv.weight = nn.Parameter((conv.weight * scale[:, None, None, None]).to(dtype), requires_grad=False)
-    conv.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
+                assert norm.running_mean is not None
+                assert norm.running_var is not None
+                statistics = norm.running_mean, norm.running_var, norm.eps
+                conv.weight, conv.bias = fuse_conv_bn_weights(
+                    conv.weight, conv.bias, *statistics, norm.weight, norm.bias
+                )
+                # timm's BatchNorms have the activation in them
+                setattr(parent, name, getattr(norm, "act", nn.Identity()))

@@ -74,13 +74,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """(…, I) with an (O, I) weight -> (…, O), as `torch.nn.functional.linear` to float32's rounding."""
     if weight.is_mkldnn:
         return product(x, weight, bias)
-    if not (_is_float32_on_cpu(x) and mkl_is_slow() and x.numel()):
+    learns = torch.is_grad_enabled()
+    is_slow = mkl_is_slow_in_training if learns else mkl_is_slow
+    if not (_is_float32_on_cpu(x) and is_slow() and x.numel()):
         return F.linear(x, weight, bias)
-    if not torch.is_grad_enabled():
-        return product(x, weight, bias)
-    if not mkl_is_slow_in_training():
-        return F.linear(x, weight, bias)
-    y: Tensor = _Linear.apply(x, weight, bias)
+    y: Tensor = (_Linear.apply if learns else product)(x, weight, bias)
     return y
 
 

@@ -85,22 +85,16 @@ def _activation_bytes(model: dict[str, Any], vocab_size: int, captions: int, max
     """What autograd keeps of one picture with all its captions: counted on a copy without storage."""
     with torch.device("meta"):
         captioner = build_model(model, vocab_size).train()
+        images = torch.zeros(2, 3, model["image_size"], model["image_size"], dtype=torch.uint8)
+        tokens = torch.zeros(2, captions, max_tokens - 1, dtype=torch.int64)
     own = {parameter.untyped_storage()._cdata for parameter in captioner.parameters()}
+    seen: dict[int, Tensor] = {}
 
-    def kept_of(pictures: int) -> int:
-        seen: dict[int, Tensor] = {}
+    def keep(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage()._cdata not in own:
+            seen[tensor.untyped_storage()._cdata] = tensor
+        return tensor
 
-        def keep(tensor: Tensor) -> Tensor:
-            if tensor.untyped_storage()._cdata not in own:
-                seen[tensor.untyped_storage()._cdata] = tensor
-            return tensor
-
-        images = torch.zeros(
-            pictures, 3, model["image_size"], model["image_size"], dtype=torch.uint8, device="meta"
-        )
-        tokens = torch.zeros(pictures, captions, max_tokens - 1, dtype=torch.int64, device="meta")
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            captioner(images, tokens).log_softmax(-1)
-        return sum(tensor.untyped_storage().nbytes() for tensor in seen.values())
-
-    return kept_of(3) - kept_of(2)  # BatchNorm refuses a single one
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        captioner(images, tokens).log_softmax(-1)
+    return sum(tensor.untyped_storage().nbytes() for tensor in seen.values()) // 2

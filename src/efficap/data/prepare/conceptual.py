@@ -100,10 +100,7 @@ def prepare_conceptual(
     _keep_record(folder, record | {"limit": limit, "image_size": image_size})
     rows = _write_lists(folder, lists, limit)
     # the small one first: it shows soon what is wrong, and how much space is needed
-    for part in (
-        "val",
-        "train",
-    ):
+    for part in ("val", "train"):
         if part == "train":
             _check_space_for_rest(folder, rows)
         download_shards(

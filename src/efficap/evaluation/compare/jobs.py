@@ -156,12 +156,7 @@ def _planned(file: Path) -> list[tuple[str, ...]]:
         overrides = OverridesParser.create().parse_overrides([*swept, *hydra["overrides"]["task"]])
         [batch] = BasicSweeper.split_arguments(overrides, max_batch_size=None)
     # no record of a grid: what is planned is not known
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        HydraException,
-    ):
+    except (KeyError, TypeError, ValueError, HydraException):
         return []
     return [tuple(job) for job in batch]
 
