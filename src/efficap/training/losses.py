@@ -120,7 +120,8 @@ class _SummedCrossEntropy(Function):
     """The gradient is made with the loss, from a part of the logits at a time, so that they are never all held.
 
     With a share e of the target spread out, a token's loss is logsumexp(z) - (1 - e) z_t - e mean(z), and its gradient
-    softmax(z) - (1 - e) [t] - e / V. torch's own linear_cross_entropy (2.15) knows no smoothing, and sums in bfloat16.
+    softmax(z) - (1 - e) [t] - e / V. What is spread out needs no logits: their mean is what a mean word's weight makes
+    of the hidden state. torch's own linear_cross_entropy (2.15) knows no smoothing, and sums in bfloat16.
     """
 
     @staticmethod
@@ -128,6 +129,13 @@ class _SummedCrossEntropy(Function):
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weight, _ = centred(head, hidden.dtype)
         total = torch.zeros((), device=hidden.device)
+        spread_head: Tensor | float = 0.0  # what spreading takes from a gradient
+        spread_hidden: Tensor | float = 0.0
+        if smoothing:
+            count = (targets >= 0).sum(dim=1, dtype=torch.float32)  # (n,)
+            mean, read = weight.mean(dim=0, dtype=torch.float32), count @ hidden.float()  # (D,) each
+            total -= smoothing * mean.dot(read)
+            spread_head, spread_hidden = read * (smoothing / len(head)), smoothing * count.outer(mean)
         of_hidden: list[Tensor] = []
         of_head = torch.empty_like(head)
         parts = math.ceil(len(hidden) * len(head) * weight.element_size() / LOGITS_AT_ONCE)
@@ -139,10 +147,10 @@ class _SummedCrossEntropy(Function):
                 continue
             for part, slope in zip(of_head.split(WORDS_AT_ONCE), z.split(WORDS_AT_ONCE, dim=1), strict=True):
                 of_part = gradient_product(slope.T, h)  # (up to WORDS_AT_ONCE, D)
-                part.add_(of_part) if of_hidden else part.copy_(of_part)
+                part.add_(of_part) if of_hidden else torch.sub(of_part, spread_head, out=part)
             of_hidden.append(gradient_product(z, weight))
         if needs_gradient:  # not by save_for_backward: large as they are, they are scaled in place, once
-            ctx.of_hidden, ctx.of_head = torch.cat(of_hidden), of_head
+            ctx.of_hidden, ctx.of_head = torch.cat(of_hidden).sub_(spread_hidden), of_head
         return total
 
     @staticmethod
@@ -154,23 +162,22 @@ class _SummedCrossEntropy(Function):
 
 
 def _summed(z: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
-    """The loss of (c, V) logits and (c, J) targets, summed; with `needs_gradient` the logits become its slopes."""
+    """The loss of (c, V) logits and (c, J) targets, summed; with `needs_gradient` the logits become its slopes.
+
+    Without what is spread out, of both.
+    """
     total = torch.zeros((), device=z.device)
     rows = max(1, FLOATS_AT_ONCE.get(z.device.type, 2**25) // z.shape[1])
     for part, t in zip(z.split(rows), targets.split(rows), strict=True):
         x = part.float()  # (r, V)
         told = (t >= 0).to(x.dtype)  # (r, J), 0 for a token that is none
         count, t = told.sum(dim=1, keepdim=True), t.clamp_min(0)  # (r, 1), (r, J)
-        log_sums = x.logsumexp(dim=1, keepdim=True)  # (r, 1)
-        total += (count * log_sums - (1 - smoothing) * (told * x.gather(1, t)).sum(dim=1, keepdim=True)).sum()
-        if smoothing:
-            total -= smoothing * (count * x.mean(dim=1, keepdim=True)).sum()
+        of_targets = (told * x.gather(1, t)).sum(dim=1, keepdim=True)
+        largest, slopes = x.amax(dim=1, keepdim=True), x.softmax(dim=1)
+        log_sums = largest - slopes.amax(dim=1, keepdim=True).log()  # (r, 1), with one exponential a logit
+        total += (count * log_sums - (1 - smoothing) * of_targets).sum()
         if needs_gradient:
-            x.sub_(log_sums).exp_()
-            if smoothing:
-                x.sub_(smoothing / x.shape[1])
             if t.shape[1] > 1:
-                x.mul_(count)
-            x.scatter_add_(1, t, (smoothing - 1) * told)
-            part.copy_(x)
+                slopes.mul_(count)
+            part.copy_(slopes.scatter_add_(1, t, (smoothing - 1) * told))
     return total
