@@ -31,7 +31,7 @@ from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.errors import InputError
 from efficap.training.callbacks import BestCheckpoint
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, damage, read_checkpoint
+from efficap.training.checkpoints import LAST, PREVIOUS, Checkpoint, checkpoint_of, damage
 from efficap.training.module import CaptionModule
 from efficap.training.progress import begun
 from efficap.training.self_critical import SelfCriticalModule
@@ -179,7 +179,7 @@ def test_a_signal_is_answered_with_a_checkpoint_as_soon_as_there_can_be_one(
         die_at(patch, "training_step", after, terminate)
         with pytest.raises(SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *settings))
-    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == step
+    assert Checkpoint.read(run / "checkpoints" / LAST).global_step == step
     train(going_on(run))
     assert_equal_runs(run, whole)
 
@@ -203,7 +203,7 @@ def test_a_training_by_the_clock_that_is_stopped_in_its_last_validation_comes_to
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, *limits))
         assert stopped.value.code == 143
     assert not (run / "model.safetensors").exists()
-    steps = read_checkpoint(run / "checkpoints" / LAST)["global_step"]
+    steps = Checkpoint.read(run / "checkpoints" / LAST).global_step
     train(going_on(run))
     metrics = json.loads((run / "metrics.json").read_text())
     assert metrics["finished"]
@@ -230,7 +230,7 @@ def test_a_training_by_steps_that_is_stopped_in_its_last_validation_has_that_alo
         patch.setattr(CaptionModule, "validation_step", stopped_after_all_steps)
         with pytest.raises(SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, *limits))
-    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == 6
+    assert Checkpoint.read(run / "checkpoints" / LAST).global_step == 6
     with monkeypatch.context() as patch:
         patch.setattr(CaptionModule, "training_step", lambda *_: pytest.fail("a step too many"))
         train(going_on(run))
@@ -257,7 +257,7 @@ def test_a_training_stopped_twice_in_a_validation_amid_an_epoch_goes_on_where_th
             die_at(patch, "validation_step", after, terminate)
             with pytest.raises(SystemExit):
                 train(command or going_on(run))
-        assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == 6
+        assert Checkpoint.read(run / "checkpoints" / LAST).global_step == 6
     train(going_on(run))
     assert_equal_runs(run, whole)
 
@@ -286,7 +286,7 @@ def test_a_validation_amid_the_batches_of_a_step_keeps_no_half_of_it(
         die_at(patch, "validation_step", 1, how)  # after three batches
         with pytest.raises(KilledError if how is kill else SystemExit):
             train(compose("train", *tiny_overrides(folder, run), *command))
-    assert read_checkpoint(run / "checkpoints" / LAST)["global_step"] == step
+    assert Checkpoint.read(run / "checkpoints" / LAST).global_step == step
     train(going_on(run))
     assert_equal_runs(run, whole)
 
@@ -303,7 +303,7 @@ def test_a_validation_by_the_clock_that_was_broken_off_is_made_up(
         die_at(patch, "validation_step", 0, kill)
         with pytest.raises(KilledError):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, *clock))
-    steps = read_checkpoint(run / "checkpoints" / LAST)["global_step"]
+    steps = Checkpoint.read(run / "checkpoints" / LAST).global_step
     train(going_on(run, "trainer.val_check_interval=00:01:00:00"))
     scored = pd.read_csv(run / "metrics.csv").dropna(subset="val/loss")
     assert steps - 1 in scored["step"].tolist()

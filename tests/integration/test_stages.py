@@ -27,7 +27,7 @@ from efficap.commands.train import train
 from efficap.errors import InputError
 from efficap.evaluation.compare.groups import group_runs
 from efficap.evaluation.compare.runs import read_run
-from efficap.training.checkpoints import LAST, stage_of
+from efficap.training.checkpoints import LAST, Checkpoint
 from efficap.training.module import CaptionModule
 
 pytestmark = pytest.mark.slow
@@ -137,7 +137,7 @@ def test_a_training_stopped_in_any_stage_ends_as_one_that_was_not(
         die_at(patch, where, after, terminate if status else kill)
         with pytest.raises(SystemExit if status else KilledError):
             train(compose("train", *overrides(folders, run)))
-    assert stage_of(run / "checkpoints" / LAST).name == stage
+    assert Checkpoint.read(run / "checkpoints" / LAST).stage.name == stage
     again = train(going_on(run))
     assert again == run
     assert_equal_runs(run, whole)
@@ -308,7 +308,7 @@ def test_a_run_goes_on_with_its_own_stages(
 def stage_at(file: Path) -> str | None:
     """The stage of a checkpoint, unless there is none or it is just about to be another."""
     with contextlib.suppress(InputError, FileNotFoundError):
-        return stage_of(file).name if file.is_file() else None
+        return Checkpoint.read(file).stage.name if file.is_file() else None
     return None
 
 

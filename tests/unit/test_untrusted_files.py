@@ -33,7 +33,7 @@ from efficap.models.build import build_model, load_model, load_pretrained_parts
 from efficap.models.weights import save_weights
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint
-from efficap.training.checkpoints import read_checkpoint
+from efficap.training.checkpoints import Checkpoint
 from efficap.yaml_files import read_yaml
 
 CALLBACKS, WANDB = "lightning.pytorch.callbacks", "lightning.pytorch.loggers.WandbLogger"
@@ -313,9 +313,31 @@ def test_a_tokenizer_with_an_id_beyond_all_measure_is_refused(tmp_path: Path) ->
 def test_a_checkpoint_that_is_a_program_is_not_gone_on_with(tmp_path: Path) -> None:
     torch.save({"state_dict": {}, "callbacks": Program(tmp_path / "ran")}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match=r"last\.ckpt is damaged, or holds more than plain values") as caught:
-        read_checkpoint(tmp_path / "last.ckpt")
+        Checkpoint.read(tmp_path / "last.ckpt")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"callbacks": {}}, "is no checkpoint of efficap: it has no RunMetrics"),
+        ({"callbacks": {"RunMetrics": {}}}, "is no checkpoint of efficap: it has no ResumePoint"),
+        ({"callbacks": {"RunMetrics": {}, "ResumePoint": {}}}, "by another version: 'validation_due'"),
+        (
+            {"callbacks": {"RunMetrics": {"stage": {"far": 1}}, "ResumePoint": {}}},
+            "by another version: .* 'far'",
+        ),
+    ],
+)
+def test_a_checkpoint_that_lacks_what_is_needed_is_refused_in_one_line(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    usual: dict[str, Any] = {"state_dict": {}, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
+    torch.save({**usual, "epoch": 0, "global_step": 0, **changes}, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=message) as caught:
+        Checkpoint.read(tmp_path / "last.ckpt")
+    assert "\n" not in str(caught.value)
 
 
 def test_the_best_weights_that_a_checkpoint_names_elsewhere_are_neither_read_nor_removed(

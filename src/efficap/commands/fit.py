@@ -19,7 +19,7 @@ from efficap.models.build import preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import data_state
+from efficap.training.checkpoints import Checkpoint
 from efficap.training.feature_cache import cache_features
 from efficap.training.objective import build_module
 from efficap.training.run_metrics import RunMetrics
@@ -33,7 +33,7 @@ Settings = dict[str, Any]
 def fit(
     stages: Mapping[str | None, Settings],
     stage: Stage,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
     data: Mapping[str | None, CaptionData],
     captioner: CaptionModel,
     tokenizer: CaptionTokenizer,
@@ -52,8 +52,8 @@ def fit(
         data: of each stage, prepared.
     """
     names, before = list(stages), None
-    if checkpoint and (state := data_state(checkpoint, data[stage.name])):
-        data[stage.name].load_state_dict(state)
+    if checkpoint and checkpoint.data_state:
+        data[stage.name].load_state_dict(checkpoint.data_state)
         for its_data in data.values():
             its_data.begun_by = data[stage.name].begun_by
     if len(names) > 1:
@@ -78,7 +78,12 @@ def fit(
         )
         try:
             with explained(cfg), naming(stage.name), fitting():
-                trainer.fit(module, datamodule=TrainerData(its_data), ckpt_path=checkpoint, weights_only=True)
+                trainer.fit(
+                    module,
+                    datamodule=TrainerData(its_data),
+                    ckpt_path=checkpoint.file if checkpoint else None,
+                    weights_only=True,
+                )
         finally:
             its_data.end()
         for note in its_data.notes():  # of shards, only training has told what the text's filters left out

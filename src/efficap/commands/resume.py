@@ -17,7 +17,7 @@ from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.models.weights import WEIGHTS_FILE
-from efficap.training.checkpoints import LAST, PREVIOUS, checkpoint_of, read_checkpoint, stage_of
+from efficap.training.checkpoints import LAST, PREVIOUS, Checkpoint, checkpoint_of
 from efficap.training.progress import METRICS_FILE
 
 # What the next step does not depend on, or what says when training ends.
@@ -185,11 +185,10 @@ def _changed(settings: Any, cfg: Any, path: list[str]) -> Any:
     return {**own, path[0]: _changed(own.get(path[0]), cfg[path[0]], path[1:])}
 
 
-def check_limits(checkpoint: Path, trainer: dict[str, Any]) -> None:
+def check_limits(checkpoint: Checkpoint, trainer: dict[str, Any]) -> None:
     """Raises InputError where the limits of a stage's trainer leave nothing to do after a checkpoint."""
-    found = read_checkpoint(checkpoint)
-    due = found["callbacks"]["ResumePoint"]["validation_due"]
-    for limit, least in (("max_epochs", found["epoch"] + 1), ("max_steps", found["global_step"] + (not due))):
+    more = 0 if checkpoint.validation_due else 1
+    for limit, least in (("max_epochs", checkpoint.epoch + 1), ("max_steps", checkpoint.global_step + more)):
         if trainer[limit] != -1 and trainer[limit] < least:
             raise InputError(
                 f"trainer.{limit}={trainer[limit]} must be at least {least}, as the training has come that far; leave "
@@ -197,15 +196,14 @@ def check_limits(checkpoint: Path, trainer: dict[str, Any]) -> None:
             )
 
 
-def log_until(run: RunDirectory, file: Path) -> pd.DataFrame | None:
-    """The rows of a run's metrics.csv up to its checkpoint `file`; None where there is no log."""
+def log_until(run: RunDirectory, checkpoint: Checkpoint) -> pd.DataFrame | None:
+    """The rows of a run's metrics.csv up to its checkpoint; None where there is no log."""
     log = run.path / "metrics.csv"
     if not log.is_file():
         return None
-    checkpoint = read_checkpoint(file)
-    table, steps = pd.read_csv(log), stage_of(file).steps + checkpoint["global_step"]
+    table, steps = pd.read_csv(log), checkpoint.stage.steps + checkpoint.global_step
     kept = table["step"] < steps
-    if checkpoint["callbacks"]["ResumePoint"]["validation_due"]:  # it will be there again
+    if checkpoint.validation_due:  # it will be there again
         scored = [column for column in table.columns if str(column).startswith("val/")]
         kept &= ~((table["step"] == steps - 1) & table[scored].notna().any(axis=1))
     return table[kept]

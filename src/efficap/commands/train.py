@@ -39,7 +39,7 @@ from efficap.models.build import build_model, load_pretrained_parts, preprocessi
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone, from_first, is_first, join, leave, losses_named, world_size
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.checkpoints import captioners_weights, checkpoint_of, stage_of
+from efficap.training.checkpoints import Checkpoint, checkpoint_of
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
@@ -149,8 +149,8 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     pl.seed_everything(cfg["seed"], workers=True, verbose=False)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU, for what autocast leaves in float32
 
-    checkpoint = from_first(lambda: checkpoint_of(resumed.path)) if resumed else None
-    stage = stage_of(checkpoint) if checkpoint else Stage.first(list(stages))
+    checkpoint = from_first(lambda: Checkpoint.read(checkpoint_of(resumed.path))) if resumed else None
+    stage = checkpoint.stage if checkpoint else Stage.first(list(stages))
     if checkpoint:
         check_limits(checkpoint, stages[stage.name]["trainer"])
     with contextlib.ExitStack() as held:
@@ -186,7 +186,7 @@ def _load(
     cfg: dict[str, Any],
     tokenizer: CaptionTokenizer,
     init_from: RunDirectory | None,
-    checkpoint: Path | None,
+    checkpoint: Checkpoint | None,
 ) -> None:
     """Give a new captioner the weights that the training begins or goes on with, and make it ready to learn."""
     if checkpoint:
@@ -226,12 +226,12 @@ def _ending(run_dir: Path) -> Iterator[None]:
         raise
 
 
-def _load_checkpoint(captioner: CaptionModel, checkpoint: Path) -> None:
+def _load_checkpoint(captioner: CaptionModel, checkpoint: Checkpoint) -> None:
     try:
-        captioner.load_state_dict(captioners_weights(checkpoint))
+        captioner.load_state_dict(checkpoint.captioners_weights())
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:500]
-        raise InputError(f"{checkpoint} does not fit the config.yaml of its run: {reason}") from error
+        raise InputError(f"{checkpoint.file} does not fit the config.yaml of its run: {reason}") from error
 
 
 def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionData]:

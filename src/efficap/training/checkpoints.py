@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from efficap.data.caption_data import CaptionData
 from efficap.errors import InputError
 from efficap.training.stage import Stage
 from efficap.training.trainer_data import TrainerData
@@ -37,12 +37,59 @@ def checkpoint_of(run_dir: Path) -> Path:
     )
 
 
-def read_checkpoint(file: Path) -> dict[str, Any]:
-    """A checkpoint's content. It may come from anywhere: of a pickle that is a program, nothing is run.
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a checkpoint says of its training; the tensors stay in the file.
 
-    Raises:
-        InputError: it is damaged, holds more than plain values and tensors, or is no checkpoint of a training.
+    Attributes:
+        file: it.
+        stage: that it was written in.
+        epoch, global_step: how far that had come.
+        validation_due: whether a validation was about to begin, which is still to come.
+        data_state: `CaptionData.state_dict` as it was. Lightning itself restores it after the loaders are made, where
+            weights are in shards.
     """
+
+    file: Path
+    stage: Stage
+    epoch: int
+    global_step: int
+    validation_due: bool
+    data_state: dict[str, Any]
+
+    @classmethod
+    def read(cls, file: Path) -> Checkpoint:
+        """Read it, once.
+
+        Raises:
+            InputError: it is damaged, holds more than plain values and tensors, or is no checkpoint of a training.
+        """
+        content = _content(file)
+        callbacks = content["callbacks"]
+        if missing := [
+            name for name in ("RunMetrics", "ResumePoint") if not isinstance(callbacks.get(name), dict)
+        ]:
+            raise InputError(f"{file} is no checkpoint of efficap: it has no {missing[0]}")
+        try:
+            return cls(
+                file,
+                Stage(**callbacks["RunMetrics"].get("stage", {})),  # from before there were stages
+                content["epoch"],
+                content["global_step"],
+                callbacks["ResumePoint"]["validation_due"],
+                content.get(TrainerData.__qualname__, {}),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{file} was written by another version: {error}") from error
+
+    def captioners_weights(self) -> dict[str, Tensor]:
+        """The captioner's weights; where there is an average, the averaged ones."""
+        weights: dict[str, Tensor] = _content(self.file)["state_dict"]
+        return {name.removeprefix("captioner."): value for name, value in weights.items()}
+
+
+def _content(file: Path) -> dict[str, Any]:
+    """All of it. It may come from anywhere: of a pickle that is a program, nothing is run."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises UnpicklingError, RuntimeError, EOFError and more
@@ -53,35 +100,7 @@ def read_checkpoint(file: Path) -> dict[str, Any]:
     for name in ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers"):
         if not isinstance(content, dict) or not isinstance(content.get(name), dict | list):
             raise InputError(f"{file} is no checkpoint of a training: it has no {name}")
-    if not isinstance(content["callbacks"].get("RunMetrics"), dict):
-        raise InputError(f"{file} is no checkpoint of efficap: it has no RunMetrics")
     return content
-
-
-def stage_of(checkpoint: Path) -> Stage:
-    """The stage that a checkpoint was written in."""
-    # from before there were stages
-    found = read_checkpoint(checkpoint)["callbacks"]["RunMetrics"].get("stage", {})
-    try:
-        return Stage(**found)
-    except TypeError as error:
-        raise InputError(f"{checkpoint} was written by another version: {error}") from error
-
-
-def data_state(checkpoint: Path, data: CaptionData) -> dict[str, Any] | None:
-    """`CaptionData.state_dict` as it was; None where it was not kept yet.
-
-    Lightning itself restores it after the loaders are made, where weights are in shards.
-    """
-    content = read_checkpoint(checkpoint)
-    found: dict[str, Any] | None = content.get(TrainerData.__qualname__)
-    return found or content.get(type(data).__qualname__)  # where earlier versions kept it
-
-
-def captioners_weights(checkpoint: Path) -> dict[str, Tensor]:
-    """The captioner's weights in a checkpoint; where there is an average, the averaged ones."""
-    weights: dict[str, Tensor] = read_checkpoint(checkpoint)["state_dict"]
-    return {name.removeprefix("captioner."): value for name, value in weights.items()}
 
 
 def damage(file: Path) -> str:
