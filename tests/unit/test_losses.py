@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from efficap.training import losses
-from efficap.training.losses import caption_loss
+from efficap.training.losses import caption_loss, summed_cross_entropy
 
 
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
@@ -28,6 +28,21 @@ def test_loss_and_gradients_are_those_of_torch(
     assert torch.allclose(loss, expected, atol=1e-5)
     for one, other in zip(torch.autograd.grad(3 * loss, (hidden, head)), gradients, strict=True):
         assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_each_state_counts_as_much_as_its_weight_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", 4 * 350)
+    hidden, head = torch.randn(23, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
+    targets, weights = torch.randint(0, 50, (23,)), torch.randn(23)
+    weights[3] = 0
+    each = F.cross_entropy(hidden @ head.T, targets, label_smoothing=0.1, reduction="none")
+    expected = weights @ each
+    total = summed_cross_entropy(hidden, head, targets, weights, label_smoothing=0.1)
+    torch.testing.assert_close(total, expected)
+    for one, other in zip(
+        torch.autograd.grad(total, (hidden, head)), torch.autograd.grad(expected, (hidden, head)), strict=True
+    ):
+        torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-5)
 
 
 def test_without_gradients_the_loss_is_the_same_for_a_third_of_the_products(

@@ -85,19 +85,36 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
     Returns:
         The loss in nats a token, float32.
     """
+    if targets.ndim == 1:
+        weights, count = hidden.new_ones(len(targets), dtype=torch.float32), max(1, len(targets))
+    else:
+        weights = (targets >= 0).sum(dim=1, dtype=torch.float32)
+        count = weights.sum().clamp_min(1)
+    return summed_cross_entropy(hidden, head, targets, weights, label_smoothing=label_smoothing) / count
+
+
+def summed_cross_entropy(
+    hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, label_smoothing: float
+) -> Tensor:
+    """Cross-entropy of what follows each hidden state, times its weight, summed; without ever holding all logits.
+
+    Args:
+        hidden, head, targets, label_smoothing: as of `caption_loss`; the targets of a hidden state count alike.
+        weights: (n,) float32, of either sign; 0 where there is no target.
+
+    Returns:
+        Nats, float32.
+    """
     device = hidden.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     # a Function is not told, and would make gradients of what could have them
     if not torch.is_grad_enabled():
         hidden, head = hidden.detach(), head.detach()
-    count: int | Tensor = max(1, len(targets))
     if targets.ndim == 1:
         targets = targets[:, None]
-    else:
-        count = (targets >= 0).sum().clamp_min(1)
     with torch.autocast(device, enabled=False):
-        total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, label_smoothing)
-    return total / count
+        total: Tensor = _SummedCrossEntropy.apply(hidden.to(dtype), head, targets, weights, label_smoothing)
+    return total
 
 
 def shared_loss(mean: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
@@ -125,59 +142,62 @@ class _SummedCrossEntropy(Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, smoothing: float
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weight, _ = centred(head, hidden.dtype)
         total = torch.zeros((), device=hidden.device)
-        spread_head: Tensor | float = 0.0  # what spreading takes from a gradient
-        spread_hidden: Tensor | float = 0.0
+        weighed = hidden * weights.to(hidden.dtype)[:, None]  # (n, D)
+        mean = weight.mean(dim=0, dtype=torch.float32)  # (D,)
+        read = weighed.sum(dim=0, dtype=torch.float32)  # (D,)
         if smoothing:
-            count = (targets >= 0).sum(dim=1, dtype=torch.float32)  # (n,)
-            mean, read = weight.mean(dim=0, dtype=torch.float32), count @ hidden.float()  # (D,) each
             total -= smoothing * mean.dot(read)
-            spread_head, spread_hidden = read * (smoothing / len(head)), smoothing * count.outer(mean)
         of_hidden: list[Tensor] = []
         of_head = torch.empty_like(head)
         parts = math.ceil(len(hidden) * len(head) * weight.element_size() / LOGITS_AT_ONCE)
         rows = max(1, math.ceil(len(hidden) / max(1, parts)))
-        for h, t in zip(hidden.split(rows), targets.split(rows), strict=True):
+        together = zip(*(x.split(rows) for x in (hidden, weighed, targets, weights)), strict=True)
+        for h, hw, t, w in together:
             z = linear(h, weight)  # (c, V)
-            total += _summed(z, t, smoothing, needs_gradient)
+            total += _summed(z, t, w, smoothing, needs_gradient)
             if not needs_gradient:
                 continue
             for part, slope in zip(of_head.split(WORDS_AT_ONCE), z.split(WORDS_AT_ONCE, dim=1), strict=True):
-                of_part = gradient_product(slope.T, h)  # (up to WORDS_AT_ONCE, D)
-                part.add_(of_part) if of_hidden else torch.sub(of_part, spread_head, out=part)
+                of_part = gradient_product(slope.T, hw)  # (up to WORDS_AT_ONCE, D)
+                if of_hidden:
+                    part.add_(of_part)
+                else:
+                    torch.sub(of_part, read, alpha=smoothing / len(head), out=part)
             of_hidden.append(gradient_product(z, weight))
         if needs_gradient:  # not by save_for_backward: large as they are, they are scaled in place, once
-            ctx.of_hidden, ctx.of_head = torch.cat(of_hidden).sub_(spread_hidden), of_head
+            ctx.of_hidden = torch.cat(of_hidden).sub_(mean, alpha=smoothing).mul_(weights[:, None])
+            ctx.of_head = of_head
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         of_hidden, of_head = ctx.of_hidden, ctx.of_head
         del ctx.of_hidden, ctx.of_head
-        return of_hidden.mul_(gradient), of_head.mul_(gradient), None, None
+        return of_hidden.mul_(gradient), of_head.mul_(gradient), None, None, None
 
 
-def _summed(z: Tensor, targets: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
-    """The loss of (c, V) logits and (c, J) targets, summed; with `needs_gradient` the logits become its slopes.
+def _summed(z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
+    """The loss of (c, V) logits, (c, J) targets and (c,) weights, summed, without what is spread out.
 
-    Without what is spread out, of both.
+    With `needs_gradient` the logits become their slopes at a weight of 1, likewise.
     """
     total = torch.zeros((), device=z.device)
     rows = max(1, FLOATS_AT_ONCE.get(z.device.type, 2**25) // z.shape[1])
-    for part, t in zip(z.split(rows), targets.split(rows), strict=True):
+    for part, t, w in zip(z.split(rows), targets.split(rows), weights.split(rows), strict=True):
         x = part.float()  # (r, V)
-        told = (t >= 0).to(x.dtype)  # (r, J), 0 for a token that is none
-        count, t = told.sum(dim=1, keepdim=True), t.clamp_min(0)  # (r, 1), (r, J)
-        of_targets = (told * x.gather(1, t)).sum(dim=1, keepdim=True)
-        largest, slopes = x.amax(dim=1, keepdim=True), x.softmax(dim=1)
-        log_sums = largest - slopes.amax(dim=1, keepdim=True).log()  # (r, 1), with one exponential a logit
-        total += (count * log_sums - (1 - smoothing) * of_targets).sum()
+        share, t = (t >= 0).to(x.dtype), t.clamp_min(0)  # (r, J) each
+        share = (1 - smoothing) * share / share.sum(dim=1, keepdim=True).clamp_min(1)
+        of_targets = (share * x.gather(1, t)).sum(dim=1)  # (r,)
+        largest, slopes = x.amax(dim=1), x.softmax(dim=1)
+        log_sums = largest - slopes.amax(dim=1).log()  # (r,), with one exponential a logit
+        total += (w * (log_sums - of_targets)).sum()
         if needs_gradient:
-            if t.shape[1] > 1:
-                slopes.mul_(count)
-            part.copy_(slopes.scatter_add_(1, t, (smoothing - 1) * told))
+            part.copy_(slopes.scatter_add_(1, t, -share))
     return total

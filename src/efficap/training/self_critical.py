@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from efficap.batch import CaptionBatch, next_token_places
@@ -20,9 +19,8 @@ from efficap.decoding import Beam, Decoded, Decoding, Greedy, Nucleus
 from efficap.errors import InputError
 from efficap.evaluation.cider_d import CiderD
 from efficap.models.captioner import CaptionModel, DecodingState
-from efficap.models.linear import linear
 from efficap.tokenizer import CaptionTokenizer
-from efficap.training.losses import memory_loss, shared_loss
+from efficap.training.losses import memory_loss, shared_loss, summed_cross_entropy
 from efficap.training.module import CaptionModule
 from efficap.training.reward import above_the_others, words_of
 
@@ -258,7 +256,5 @@ def self_critical_loss(
         advantages: (m,) float32, the sample's reward less the baseline.
         temperature: that the samples were drawn at.
     """
-    if torch.is_autocast_enabled(hidden.device.type):
-        head = head - head.mean(dim=0)  # see `centred`
-    logits = linear(hidden, head).float() / temperature  # (m, V)
-    return (advantages * F.cross_entropy(logits, targets, reduction="none")).mean()
+    total = summed_cross_entropy(hidden / temperature, head, targets, advantages, label_smoothing=0.0)
+    return total / max(1, len(targets))
