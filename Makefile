@@ -1,7 +1,7 @@
 # make train | study | test | soak | fuzz | bench | lint | setup. All the set-up happens by itself; PYTHON=python3.12 picks
 # another.
 PYTHON ?= python3
-# Where Python may not write what it compiles, all is compiled beforehand: else each command would, for 25 s of CPU.
+# With PYTHONDONTWRITEBYTECODE=1 all is compiled beforehand: each command would compile what it imports, for 25 s of CPU.
 COMPILE := $(if $(PYTHONDONTWRITEBYTECODE),--compile-bytecode)
 VENV := .venv
 BIN := $(VENV)/bin

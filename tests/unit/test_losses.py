@@ -83,6 +83,22 @@ def test_autocast_multiplies_in_bfloat16_and_sums_in_float32() -> None:
     assert torch.allclose(gradient, torch.autograd.grad(expected, head)[0], atol=2e-3)
 
 
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+def test_in_bfloat16_weights_and_shared_states_count_as_in_float32(label_smoothing: float) -> None:
+    hidden, head = torch.randn(300, 16).requires_grad_(), torch.randn(50, 16).requires_grad_()
+    targets, weights = torch.randint(-1, 50, (300, 3)), torch.randn(300)
+    targets[7] = -1
+    weights[(targets < 0).all(dim=1)] = 0
+    found = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            total = summed_cross_entropy(hidden, head, targets, weights, label_smoothing=label_smoothing)
+        found.append((total, *torch.autograd.grad(total, (hidden, head))))
+    for exact, rounded in zip(*found, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (rounded - exact).norm() < 0.02 * exact.norm()
+
+
 def test_a_batch_without_targets_has_a_loss_of_zero() -> None:
     hidden, head = torch.randn(0, 16, requires_grad=True), torch.randn(50, 16, requires_grad=True)
     loss = caption_loss(hidden, head, torch.zeros(0, dtype=torch.int64), label_smoothing=0.1)

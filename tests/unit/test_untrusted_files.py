@@ -318,23 +318,31 @@ def test_a_checkpoint_that_is_a_program_is_not_gone_on_with(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
+CALLBACKS = {"RunMetrics": {"stage": {}}, "ResumePoint": {"validation_due": False}}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"callbacks": []}, "is no checkpoint of a training: it has no callbacks"),
+        ({"state_dict": []}, "is no checkpoint of a training: it has no state_dict"),
         ({"callbacks": {}}, "is no checkpoint of efficap: it has no RunMetrics"),
         ({"callbacks": {"RunMetrics": {}}}, "is no checkpoint of efficap: it has no ResumePoint"),
-        ({"callbacks": {"RunMetrics": {}, "ResumePoint": {}}}, "by another version: 'validation_due'"),
+        ({"callbacks": {**CALLBACKS, "ResumePoint": {}}}, "by another version: 'validation_due'"),
         (
-            {"callbacks": {"RunMetrics": {"stage": {"far": 1}}, "ResumePoint": {}}},
+            {"callbacks": {**CALLBACKS, "RunMetrics": {"stage": {"far": 1}}}},
             "by another version: .* 'far'",
         ),
+        ({"epoch": "third"}, "by another version: .* 'third'"),
+        ({}, "by another version: 'TrainerData'"),
     ],
 )
 def test_a_checkpoint_that_lacks_what_is_needed_is_refused_in_one_line(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     usual: dict[str, Any] = {"state_dict": {}, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
-    torch.save({**usual, "epoch": 0, "global_step": 0, **changes}, tmp_path / "last.ckpt")
+    usual |= {"callbacks": CALLBACKS, "epoch": 0, "global_step": 0}
+    torch.save({**usual, **changes}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match=message) as caught:
         Checkpoint.read(tmp_path / "last.ckpt")
     assert "\n" not in str(caught.value)

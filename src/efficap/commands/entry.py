@@ -65,7 +65,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
     # Kept with the configuration: a sweep's jobs in other processes have another command line.
     OmegaConf.register_new_resolver("command", _command, replace=True, use_cache=True)
     # Hydra asks for the help of each of its copies of a configuration, also where nobody is to see it.
-    helps = not {"-h", "--help"}.isdisjoint(sys.argv)
+    helps = any(re.match(r"--he|-\w*h", word) for word in sys.argv[1:])  # argparse takes --hel and -mh, too
     OmegaConf.register_new_resolver(
         "settings_and_choices",
         lambda name: settings_and_choices(CONF / f"{name}.yaml") if helps else "",

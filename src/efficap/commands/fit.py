@@ -52,7 +52,7 @@ def fit(
         data: of each stage, prepared.
     """
     names, before = list(stages), None
-    if checkpoint and checkpoint.data_state:
+    if checkpoint:
         data[stage.name].load_state_dict(checkpoint.data_state)
         for its_data in data.values():
             its_data.begun_by = data[stage.name].begun_by

@@ -46,8 +46,7 @@ class Checkpoint:
         stage: that it was written in.
         epoch, global_step: how far that had come.
         validation_due: whether a validation was about to begin, which is still to come.
-        data_state: `CaptionData.state_dict` as it was. Lightning itself restores it after the loaders are made, where
-            weights are in shards.
+        data_state: `CaptionData.state_dict` as it was, to be loaded before there are loaders.
     """
 
     file: Path
@@ -59,27 +58,26 @@ class Checkpoint:
 
     @classmethod
     def read(cls, file: Path) -> Checkpoint:
-        """Read it, once.
+        """All but the tensors of a file.
 
         Raises:
             InputError: it is damaged, holds more than plain values and tensors, or is no checkpoint of a training.
         """
         content = _content(file)
         callbacks = content["callbacks"]
-        if missing := [
-            name for name in ("RunMetrics", "ResumePoint") if not isinstance(callbacks.get(name), dict)
-        ]:
-            raise InputError(f"{file} is no checkpoint of efficap: it has no {missing[0]}")
+        for name in ("RunMetrics", "ResumePoint"):
+            if not isinstance(callbacks.get(name), dict):
+                raise InputError(f"{file} is no checkpoint of efficap: it has no {name}")
         try:
             return cls(
                 file,
-                Stage(**callbacks["RunMetrics"].get("stage", {})),  # from before there were stages
-                content["epoch"],
-                content["global_step"],
-                callbacks["ResumePoint"]["validation_due"],
-                content.get(TrainerData.__qualname__, {}),
+                Stage(**callbacks["RunMetrics"]["stage"]),
+                int(content["epoch"]),
+                int(content["global_step"]),
+                bool(callbacks["ResumePoint"]["validation_due"]),
+                dict(content[TrainerData.__qualname__]),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise InputError(f"{file} was written by another version: {error}") from error
 
     def captioners_weights(self) -> dict[str, Tensor]:
@@ -97,8 +95,15 @@ def _content(file: Path) -> dict[str, Any]:
             f"{file} is damaged, or holds more than plain values and tensors and is not trusted; init_from=RUN starts "
             "a new training from a run's weights"
         ) from error
-    for name in ("state_dict", "callbacks", "loops", "optimizer_states", "lr_schedulers"):
-        if not isinstance(content, dict) or not isinstance(content.get(name), dict | list):
+    kinds = {
+        "state_dict": dict,
+        "callbacks": dict,
+        "loops": dict,
+        "optimizer_states": list,
+        "lr_schedulers": list,
+    }
+    for name, kind in kinds.items():
+        if not isinstance(content, dict) or not isinstance(content.get(name), kind):
             raise InputError(f"{file} is no checkpoint of a training: it has no {name}")
     return content
 

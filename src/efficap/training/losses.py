@@ -96,7 +96,7 @@ def caption_loss(hidden: Tensor, head: Tensor, targets: Tensor, *, label_smoothi
 def summed_cross_entropy(
     hidden: Tensor, head: Tensor, targets: Tensor, weights: Tensor, *, label_smoothing: float
 ) -> Tensor:
-    """Cross-entropy of what follows each hidden state, times its weight, summed; without ever holding all logits.
+    """Cross-entropy of what follows each hidden state, times its weight, summed, from a part of the logits at a time.
 
     Args:
         hidden, head, targets, label_smoothing: as of `caption_loss`; the targets of a hidden state count alike.
@@ -134,7 +134,7 @@ def shared_loss(mean: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
 
 
 class _SummedCrossEntropy(Function):
-    """The gradient is made with the loss, from a part of the logits at a time, so that they are never all held.
+    """The gradient is made with the loss, from a part of the logits at a time, up to `LOGITS_AT_ONCE`.
 
     With a share e of the target spread out, a token's loss is logsumexp(z) - (1 - e) z_t - e mean(z), and its gradient
     softmax(z) - (1 - e) [t] - e / V. What is spread out needs no logits: their mean is what a mean word's weight makes
@@ -148,13 +148,15 @@ class _SummedCrossEntropy(Function):
         needs_gradient = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         weight, _ = centred(head, hidden.dtype)
         total = torch.zeros((), device=hidden.device)
-        weighed = hidden * weights.to(hidden.dtype)[:, None]  # (n, D)
-        mean = weight.mean(dim=0, dtype=torch.float32)  # (D,)
-        read = weighed.sum(dim=0, dtype=torch.float32)  # (D,)
+        weighed = (hidden * weights[:, None]).to(hidden.dtype)  # (n, D)
         if smoothing:
-            total -= smoothing * mean.dot(read)
+            # a part at a time, of which a CPU makes copies in float32
+            sums = [part.sum(dim=0, dtype=torch.float32) for part in weight.split(WORDS_AT_ONCE)]
+            mean_word = torch.stack(sums).sum(dim=0) / len(weight)  # (D,)
+            all_hidden = weighed.sum(dim=0, dtype=torch.float32)  # (D,)
+            total -= smoothing * mean_word.dot(all_hidden)
         of_hidden: list[Tensor] = []
-        of_head = torch.empty_like(head)
+        of_head = torch.empty_like(head) if needs_gradient else head
         parts = math.ceil(len(hidden) * len(head) * weight.element_size() / LOGITS_AT_ONCE)
         rows = max(1, math.ceil(len(hidden) / max(1, parts)))
         together = zip(*(x.split(rows) for x in (hidden, weighed, targets, weights)), strict=True)
@@ -167,12 +169,16 @@ class _SummedCrossEntropy(Function):
                 of_part = gradient_product(slope.T, hw)  # (up to WORDS_AT_ONCE, D)
                 if of_hidden:
                     part.add_(of_part)
+                elif smoothing:
+                    torch.sub(of_part, all_hidden, alpha=smoothing / len(head), out=part)
                 else:
-                    torch.sub(of_part, read, alpha=smoothing / len(head), out=part)
+                    part.copy_(of_part)
             of_hidden.append(gradient_product(z, weight))
         if needs_gradient:  # not by save_for_backward: large as they are, they are scaled in place, once
-            ctx.of_hidden = torch.cat(of_hidden).sub_(mean, alpha=smoothing).mul_(weights[:, None])
-            ctx.of_head = of_head
+            ctx.of_hidden, ctx.of_head = torch.cat(of_hidden), of_head
+            if smoothing:
+                ctx.of_hidden.sub_(mean_word, alpha=smoothing)
+            ctx.of_hidden.mul_(weights[:, None])
         return total
 
     @staticmethod
@@ -186,7 +192,7 @@ class _SummedCrossEntropy(Function):
 def _summed(z: Tensor, targets: Tensor, weights: Tensor, smoothing: float, needs_gradient: bool) -> Tensor:
     """The loss of (c, V) logits, (c, J) targets and (c,) weights, summed, without what is spread out.
 
-    With `needs_gradient` the logits become their slopes at a weight of 1, likewise.
+    With `needs_gradient` the logits become their slopes at a weight of 1, also without it.
     """
     total = torch.zeros((), device=z.device)
     rows = max(1, FLOATS_AT_ONCE.get(z.device.type, 2**25) // z.shape[1])

@@ -13,7 +13,7 @@ from efficap.data.loader import CheckedLoader, Placed
 
 
 class TrainerData(pl.LightningDataModule):
-    """Prepared data for a training. Where it is in them, checkpoints keep; `data_state` has it again.
+    """Prepared data for a training. Where it is in them, checkpoints keep, as `Checkpoint.data_state`.
 
     Args:
         data: prepared.
