@@ -318,7 +318,7 @@ def test_a_checkpoint_that_is_a_program_is_not_gone_on_with(tmp_path: Path) -> N
     assert not (tmp_path / "ran").exists()
 
 
-CALLBACKS = {"RunMetrics": {"stage": {}}, "ResumePoint": {"validation_due": False}}
+KEPT = {"RunMetrics": {"stage": {}}, "ResumePoint": {"validation_due": False}}
 
 
 @pytest.mark.parametrize(
@@ -328,9 +328,9 @@ CALLBACKS = {"RunMetrics": {"stage": {}}, "ResumePoint": {"validation_due": Fals
         ({"state_dict": []}, "is no checkpoint of a training: it has no state_dict"),
         ({"callbacks": {}}, "is no checkpoint of efficap: it has no RunMetrics"),
         ({"callbacks": {"RunMetrics": {}}}, "is no checkpoint of efficap: it has no ResumePoint"),
-        ({"callbacks": {**CALLBACKS, "ResumePoint": {}}}, "by another version: 'validation_due'"),
+        ({"callbacks": {**KEPT, "ResumePoint": {}}}, "by another version: 'validation_due'"),
         (
-            {"callbacks": {**CALLBACKS, "RunMetrics": {"stage": {"far": 1}}}},
+            {"callbacks": {**KEPT, "RunMetrics": {"stage": {"far": 1}}}},
             "by another version: .* 'far'",
         ),
         ({"epoch": "third"}, "by another version: .* 'third'"),
@@ -341,7 +341,7 @@ def test_a_checkpoint_that_lacks_what_is_needed_is_refused_in_one_line(
     changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     usual: dict[str, Any] = {"state_dict": {}, "loops": {}, "optimizer_states": [], "lr_schedulers": []}
-    usual |= {"callbacks": CALLBACKS, "epoch": 0, "global_step": 0}
+    usual |= {"callbacks": KEPT, "epoch": 0, "global_step": 0}
     torch.save({**usual, **changes}, tmp_path / "last.ckpt")
     with pytest.raises(InputError, match=message) as caught:
         Checkpoint.read(tmp_path / "last.ckpt")
