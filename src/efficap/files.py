@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and paths of a command line."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import secrets
 from collections.abc import Iterator
@@ -32,3 +33,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """The same as a file that is open for bytes."""
     with unfinished(path) as temporary, temporary.open("wb") as file:
         yield file
+
+
+def path_argument(text: str) -> Path:
+    """A path of a command line, for argparse; of ``--dir=~/data`` a shell leaves the ``~`` as it is.
+
+    Raises:
+        ArgumentTypeError: nobody has the home that it names.
+    """
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: there is no such home") from error

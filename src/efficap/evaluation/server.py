@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from efficap.errors import InputError
-from efficap.files import replacing
+from efficap.files import path_argument, replacing
 
 SHOWN = 3  # ids named in an error message
 SPLITS = ("val2014", "test2014")
@@ -114,12 +114,16 @@ def main(arguments: list[str] | None = None) -> int:
         prog="python -m efficap.evaluation.server", description="Write the zip for COCO's evaluation server."
     )
     parser.add_argument("name", help="of the method, in the names of the files")
-    parser.add_argument("run", type=Path, help="run directory whose eval/val2014 and eval/test2014 are taken")
-    parser.add_argument("--val-images", type=Path, required=True, help="captions_val2014.json")
-    parser.add_argument("--test-images", type=Path, required=True, help="image_info_test2014.json")
-    parser.add_argument("--val-results", type=Path, help="in place of RUN/eval/val2014/results.json")
-    parser.add_argument("--test-results", type=Path, help="in place of RUN/eval/test2014/results.json")
-    parser.add_argument("--out", type=Path, help="default: RUN/eval/captions_NAME_results.zip")
+    parser.add_argument(
+        "run", type=path_argument, help="run directory whose eval/val2014 and eval/test2014 are taken"
+    )
+    parser.add_argument("--val-images", type=path_argument, required=True, help="captions_val2014.json")
+    parser.add_argument("--test-images", type=path_argument, required=True, help="image_info_test2014.json")
+    parser.add_argument("--val-results", type=path_argument, help="in place of RUN/eval/val2014/results.json")
+    parser.add_argument(
+        "--test-results", type=path_argument, help="in place of RUN/eval/test2014/results.json"
+    )
+    parser.add_argument("--out", type=path_argument, help="default: RUN/eval/captions_NAME_results.zip")
     options = parser.parse_args(arguments)
     folder = options.run / "eval"
     results = {

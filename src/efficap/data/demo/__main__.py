@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from efficap.data.demo import SPLIT_SIZES, write_demo
 from efficap.errors import InputError
+from efficap.files import path_argument
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
         f"Pictures: {splits}; those of 'irregular' combine colours, shapes and textures as no other split does. "
         "A data set that is already there, drawn with the same options, is left as it is.",
     )
-    parser.add_argument("out_dir", metavar="OUT_DIR", type=Path, help="the folder to write; new or empty")
+    parser.add_argument(
+        "out_dir", metavar="OUT_DIR", type=path_argument, help="the folder to write; new or empty"
+    )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="which data set to draw (default: 0)"
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 from efficap.data.pool import cores
 from efficap.errors import InputError
+from efficap.files import path_argument
 
 FINDINGS = 3  # the exit status of --strict
 
@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--image-dir",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="of a table (default: images/ beside it, or its own folder)",
     )
@@ -69,7 +69,12 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="leave out, too, pictures of the training split that occur in another split",
     )
-    add("--index-dir", type=Path, metavar="DIR", help="where indexes of shards go (default: beside each)")
+    add(
+        "--index-dir",
+        type=path_argument,
+        metavar="DIR",
+        help="where indexes of shards go (default: beside each)",
+    )
     add(
         "--max-words",
         type=int,
@@ -93,7 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add(
         "--out",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="for the report (default: doctor/ beside the table or the shards)",
     )

@@ -102,7 +102,7 @@ def _examine_table(table: Path, options: argparse.Namespace) -> Examination:
 
 def _image_dir(table: Path, options: argparse.Namespace) -> Path:
     if options.image_dir is not None:
-        folder: Path = options.image_dir.expanduser()
+        folder: Path = options.image_dir
         return folder
     beside = table.parent / "images"
     return beside if beside.is_dir() else table.parent

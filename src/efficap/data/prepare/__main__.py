@@ -9,6 +9,7 @@ from pathlib import Path
 from efficap.data.pool import cores
 from efficap.data.prepare.conceptual import prepare_conceptual
 from efficap.errors import InputError
+from efficap.files import path_argument
 
 _EPILOG = """\
 Downloads are verified, and go on where they ended when the same command is run again. Archives are kept; delete
@@ -105,20 +106,28 @@ def _parser() -> argparse.ArgumentParser:
         "one. In its captions, names of people read <PERSON>.",
         epilog=_EPILOG,
     )
-    cc3m.add_argument("--val-tsv", type=Path, metavar="FILE", help="the same of the validation part")
+    cc3m.add_argument("--val-tsv", type=path_argument, metavar="FILE", help="the same of the validation part")
     for one in (cc3m, cc12m):
         _add_conceptual_options(one)
     for one in (coco, flickr8k, flickr30k, cc3m, cc12m):
-        one.add_argument("--dir", type=Path, metavar="DIR", help="where to put it (default: data/NAME)")
+        one.add_argument(
+            "--dir", type=path_argument, metavar="DIR", help="where to put it (default: data/NAME)"
+        )
     return parser
 
 
 def _add_conceptual_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--tsv", type=Path, metavar="FILE", help="captions and addresses, if you have them; else downloaded"
+        "--tsv",
+        type=path_argument,
+        metavar="FILE",
+        help="captions and addresses, if you have them; else downloaded",
     )
     parser.add_argument(
-        "--img2dataset", type=Path, metavar="PATH", help="the program, or the environment it is installed in"
+        "--img2dataset",
+        type=path_argument,
+        metavar="PATH",
+        help="the program, or the environment it is installed in",
     )
     parser.add_argument(
         "--image-size",

@@ -13,6 +13,7 @@ from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import CaptionTable, read_table
 from efficap.errors import InputError
+from efficap.files import path_argument
 from efficap.picture_files import MAX_PIXELS
 
 
@@ -95,15 +96,17 @@ def _parser() -> argparse.ArgumentParser:
         epilog="The same command again goes on where it was stopped.",
     )
     parser.add_argument(
-        "table", type=Path, help="CSV, TSV, Parquet, COCO's or Karpathy's JSON, or Flickr's token file"
+        "table",
+        type=path_argument,
+        help="CSV, TSV, Parquet, COCO's or Karpathy's JSON, or Flickr's token file",
     )
-    parser.add_argument("image_dir", type=Path, help="what its picture names are relative to")
+    parser.add_argument("image_dir", type=path_argument, help="what its picture names are relative to")
     parser.add_argument(
         "--allow-absolute",
         action="store_true",
         help="pictures may lie outside of it, as data.allow_absolute says",
     )
-    parser.add_argument("out_dir", type=Path, help="gets OUT_DIR/<split>/00000.tar and so on")
+    parser.add_argument("out_dir", type=path_argument, help="gets OUT_DIR/<split>/00000.tar and so on")
     parser.add_argument("--split", action="append", help="only this one; may be given several times")
     parser.add_argument(
         "--samples-per-shard", type=int, default=10_000, metavar="N", help="pictures (default: 10000)"

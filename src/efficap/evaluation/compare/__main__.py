@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from efficap.errors import InputError
+from efficap.files import path_argument
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -70,11 +71,16 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "folders",
         metavar="DIR",
-        type=Path,
+        type=path_argument,
         nargs="+",
         help="a run directory, or a folder with runs below, as a sweep's",
     )
-    add("--out", type=Path, metavar="DIR", help="for the results (default: comparison/ in the sweep or here)")
+    add(
+        "--out",
+        type=path_argument,
+        metavar="DIR",
+        help="for the results (default: comparison/ in the sweep or here)",
+    )
     add(
         "--between",
         nargs=2,

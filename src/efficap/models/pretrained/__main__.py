@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
 from efficap.errors import InputError
+from efficap.files import path_argument
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +50,9 @@ def _add_export(commands: Any) -> None:
         help="onnx: the whole captioner, in a directory that caption.py and eval.py take as a run; transformers: the "
         "decoder as a GPT2LMHeadModel",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or an empty directory")
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="DIR", help="a new or an empty directory"
+    )
     parser.add_argument(
         "--int8",
         action="store_true",
@@ -71,13 +73,15 @@ def _add_import_original(commands: Any) -> None:
     )
     files = "Keras's HDF5 file, or the prefix of a TensorFlow checkpoint (DIR/NAME of DIR/NAME.index)"
     parser.add_argument(
-        "--encoder", required=True, type=Path, metavar="FILE", help=f"with its EfficientNet: {files}"
+        "--encoder", required=True, type=path_argument, metavar="FILE", help=f"with its EfficientNet: {files}"
     )
-    parser.add_argument("--decoder", required=True, type=Path, metavar="FILE", help="the same of the decoder")
+    parser.add_argument(
+        "--decoder", required=True, type=path_argument, metavar="FILE", help="the same of the decoder"
+    )
     parser.add_argument(
         "--config",
         required=True,
-        type=Path,
+        type=path_argument,
         metavar="JSON",
         help="its sizes: hparams (n_vocab, n_ctx, n_embd, n_head, n_layer), n_spe, encoder_head, image_size",
     )
@@ -92,7 +96,9 @@ def _add_import_original(commands: Any) -> None:
         action="store_true",
         help="without the empty place before the first token, which the decoder was trained with",
     )
-    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="a new or an empty directory")
+    parser.add_argument(
+        "--out", required=True, type=path_argument, metavar="DIR", help="a new or an empty directory"
+    )
     parser.set_defaults(function=_import_original)
 
 
