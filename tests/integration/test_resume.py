@@ -33,7 +33,7 @@ from efficap.errors import InputError
 from efficap.training.callbacks import BestCheckpoint
 from efficap.training.checkpoints import LAST, PREVIOUS, Checkpoint, checkpoint_of, damage
 from efficap.training.module import CaptionModule
-from efficap.training.progress import begun
+from efficap.training.progress import begun, is_finished
 from efficap.training.self_critical import SelfCriticalModule
 from efficap.training.trainer_data import TrainerData
 
@@ -265,7 +265,13 @@ def test_a_training_stopped_twice_in_a_validation_amid_an_epoch_goes_on_where_th
 @pytest.fixture(scope="module")
 def of_two_batches(folder: Path) -> tuple[list[str], Path]:
     """A training of which a step adds up two batches, and every other validation comes between them."""
-    command = [*CHANCE, *MID_EPOCH, "data.batch_size=1", "trainer.accumulate_grad_batches=2"]
+    command = [
+        *CHANCE,
+        *MID_EPOCH,
+        "data.batch_size=1",
+        "trainer.accumulate_grad_batches=2",
+        "trainer.max_epochs=1",
+    ]
     return command, train(compose("train", *tiny_overrides(folder, folder.parent / "two_batches"), *command))
 
 
@@ -557,6 +563,31 @@ def test_the_same_command_again_goes_on_by_itself(
     assert "finished already" in capsys.readouterr().out
     other = train(compose("train", *tiny_overrides(folder, tmp_path / "fourth"), *command, "seed=1"))
     assert other == tmp_path / "fourth", "another seed is another training"
+
+
+def test_a_run_whose_settings_have_changed_on_the_way_is_found_by_the_command_that_began_it(
+    folder: Path, stopped: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    train(going_on(run, "gradient_checkpointing=true"))
+    same = [*tiny_overrides(folder, tmp_path / "other"), *CHANCE, "resume=auto"]
+    settings, _, found = resolved_settings(compose("train", *same))
+    assert found is not None
+    assert found.path == run
+    assert settings["gradient_checkpointing"] is True
+    _, _, found = resolved_settings(compose("train", *same, "gradient_checkpointing=true"))
+    assert found is None, "that command did not begin it"
+    train(going_on(run, "trainer.max_epochs=3"))
+    _, _, found = resolved_settings(compose("train", *same))
+    assert found is not None, "the first settings are kept, and not the second"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"finished": tr'])
+def test_a_run_with_damaged_metrics_is_one_that_has_not_finished(tmp_path: Path, content: str) -> None:
+    (tmp_path / "metrics.json").write_text('{"finished": true}')
+    assert is_finished(tmp_path)
+    (tmp_path / "metrics.json").write_text(content)
+    assert not is_finished(tmp_path)
 
 
 def test_runs_of_a_folder_that_is_not_in_ascii_are_told_to_be_of_one_training(

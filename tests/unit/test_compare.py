@@ -286,6 +286,17 @@ def test_runs_are_one_model_whatever_seed_and_folder_and_named_by_what_differs(t
     assert groups["mine"].data == "birds/all.csv"
 
 
+def test_what_may_change_on_the_way_makes_no_other_model(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / f"{seed}", seed=seed) for seed in (1, 2)]
+    file = runs[1] / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    config["data"] |= {"read_timeout": 5, "max_bad_fraction": 0.1, "num_workers": 3}
+    more = {"gradient_checkpointing": True, "compile": True, "training": {"max_bad_steps": 9}}
+    file.write_text(yaml.safe_dump({**config, **more, "trainer": {"devices": [1]}}))
+    [group] = group_runs([read_run(run) for run in runs])
+    assert [run.seed for run in group.runs] == [1, 2]
+
+
 def test_runs_that_start_from_runs_of_one_model_are_one_model_wherever_the_data_lie(tmp_path: Path) -> None:
     def change(run: Path, **settings: Any) -> Path:
         file = run / "config.yaml"

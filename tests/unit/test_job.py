@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from efficap.commands.entry import CONF
 from efficap.commands.faults import of_disk
 from efficap.commands.job import recorded
 from efficap.errors import InputError
+from efficap.evaluation.compare.jobs import read_jobs
 from efficap.training.progress import begun
 from efficap.training.resume_point import Stopped
 
@@ -126,6 +128,20 @@ def test_a_job_that_another_process_runs_is_not_begun_again(begin: Begin) -> Non
     (folder / "job.json").write_text(json.dumps({**running, "pid": other.pid}))  # killed
     with recorded(folder):
         assert record(folder)["pid"] == os.getpid()
+
+
+def test_a_job_whose_process_was_gone_before_it_could_write_is_begun(begin: Begin, tmp_path: Path) -> None:
+    folder = begin("seed=1")
+    folder.mkdir()
+    (folder / "job.json").touch()
+    assert [job.state for job in read_jobs(tmp_path)] == ["not started"]
+    with pytest.raises(InputError, match="is another job's already"), recorded(folder):
+        pytest.fail("it began, and another was about to write its record")
+    long_ago = time.time() - 3600
+    os.utime(folder / "job.json", (long_ago, long_ago))
+    with recorded(folder):
+        assert record(folder)["state"] == "running"
+    assert record(folder)["state"] == "done"
 
 
 def test_of_another_machines_job_the_lock_of_its_training_tells_whether_it_runs(begin: Begin) -> None:

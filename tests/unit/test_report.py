@@ -190,7 +190,7 @@ def test_curves_have_a_panel_for_losses_and_one_for_scores(tmp_path):
     wide, height = size(FULL)
     assert size("step,train/loss\n0,5.1\n") == (wide / 2, height)  # one row, one panel
     assert size("step,val/CIDEr\n7,0.1\n") == (wide / 2, height)
-    assert size("step,train/loss_step,val/BLEU-4\n0,5.1,\n1,,0.1\n") == (wide, height)
+    assert size("step,train/loss,val/BLEU-4\n0,5.1,\n1,,0.1\n") == (wide, height)
     # a resumed run repeats steps, a broken one logs nan and inf
     assert size(FULL + "0,1,,4.5,,,\n2,4,,nan,inf,x,\n") == (wide, height)
 

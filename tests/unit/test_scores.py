@@ -325,9 +325,6 @@ def test_predictions_of_no_images_are_an_empty_list(tmp_path):
 
 def test_duplicate_ids_are_refused(tmp_path):
     path = tmp_path / "p.json"
-    with pytest.raises(InputError, match=r"1 image ids occur more than once: 'a'"):
-        write_predictions(path, [("a", "x"), ("b", "y"), ("a", "z")])
-    assert not path.exists()
     rows = [{"image_id": 1, "caption": "x"}, {"image_id": "1", "caption": "y"}]
     path.write_text(json.dumps(rows))
     with pytest.raises(InputError, match="more than once: '1'"):

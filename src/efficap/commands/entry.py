@@ -116,7 +116,12 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
             said = _one_line(error, config_name)
             print(f"error: the settings cannot be put together: {said}", file=sys.stderr)
         failed = True
-    if not end_sweep() or failed:
+    try:
+        failed |= not end_sweep()
+    except InputError as error:  # a job's record is damaged
+        _tell(str(error))
+        failed = True
+    if failed:
         sys.exit(1)
 
 

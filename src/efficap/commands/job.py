@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from efficap.evaluation.compare.jobs import JOB_FILE, is_running
 from efficap.files import replacing
 from efficap.training.progress import at_work
 from efficap.training.resume_point import Stopped
+
+_IN_WRITING = 60  # seconds, after which a record that is still empty is that of a process that is gone
 
 
 @contextlib.contextmanager
@@ -74,6 +77,9 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
         return False
     except FileExistsError:
         text = file.read_text()
+    if not text and time.time() - file.stat().st_mtime > _IN_WRITING:
+        _write(folder, job)
+        return False
     try:
         earlier = json.loads(text) if text else {"overrides": None}  # the other one is just about to write it
     except ValueError as error:

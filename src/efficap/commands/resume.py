@@ -16,15 +16,18 @@ from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
+from efficap.files import replacing
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, Checkpoint, checkpoint_of
-from efficap.training.progress import METRICS_FILE
+from efficap.training.progress import METRICS_FILE, is_finished
+from efficap.yaml_files import read_yaml
 
 # What the next step does not depend on, or what says when training ends.
 _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "callbacks.", "gradient_checkpointing")
 # The same of each data set and each stage; the runs of earlier versions lack some.
 _OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction")
 _OF_STAGE = ("training.max_bad_steps",)
+FIRST_CONFIG_FILE = "config.first.yaml"
 # What tells a training from itself when it is started again.
 _NOT_COMPARED = ("resume", "output_dir", OVERRIDES)
 
@@ -63,13 +66,14 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
             continue
         try:
             run = RunDirectory(folder, "resume")
+            first = _first_settings(run)
         except InputError:
             if in_sweep:
                 raise
             continue  # another program's, where hydra.run.dir puts runs among them
-        if not (is_finished(run) or has_checkpoint(run.path)):
+        if not (is_finished(run.path) or has_checkpoint(run.path)):
             continue
-        if _compared(run.config) == _compared(cfg):
+        if _compared(first) == _compared(cfg):
             return run
         if in_sweep:
             raise InputError(
@@ -78,10 +82,19 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
     return None
 
 
-def is_finished(run: RunDirectory) -> bool:
-    """Whether the training of a run came to its end."""
-    file = run.path / METRICS_FILE
-    return file.is_file() and bool(json.loads(file.read_text()).get("finished"))
+def _first_settings(run: RunDirectory) -> dict[str, Any]:
+    """Those that a run began with, by which the command that began it finds it."""
+    file = run.path / FIRST_CONFIG_FILE
+    first = read_yaml(file) if file.is_file() else None
+    return first if isinstance(first, dict) and "output_dir" in first else run.config
+
+
+def keep_first_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
+    """Keep the settings that a run began with, where other ones are about to take their place."""
+    first = run.path / FIRST_CONFIG_FILE
+    if not first.is_file() and _compared(settings) != _compared(run.config):
+        with replacing(first) as file:
+            file.write((run.path / CONFIG_FILE).read_bytes())
 
 
 def has_checkpoint(run_dir: Path) -> bool:

@@ -12,18 +12,16 @@ from typing import Any
 
 import torch
 import yaml
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from efficap.commands.entry import CONF
 from efficap.commands.run_dir import RunDirectory
 from efficap.data.caption_data import CaptionData
 from efficap.data.csv import CSVDataModule
+from efficap.data.pool import tracked
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.models.build import preprocessing
-from efficap.ranks import rank
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble, Member
 from efficap.training.writer import CaptionWriter
@@ -62,14 +60,7 @@ class Subject:
     def batches(self, split: str) -> Iterator[tuple[Tensor, list[str], list[list[str]]]]:
         """Pictures as the writer takes them, (B, 3, H, W) or packed (B, P); their ids; their references."""
         loaders = [data.evaluation_dataloader(split) for data in self.forms]
-        for batches in track(
-            zip(*loaders, strict=True),
-            f"Captioning {split}",
-            total=len(loaders[0]),
-            console=Console(stderr=True),
-            transient=True,
-            disable=rank() > 0,
-        ):
+        for batches in tracked(zip(*loaders, strict=True), f"Captioning {split}", len(loaders[0])):
             first = batches[0]
             assert all(batch.image_ids == first.image_ids for batch in batches)
             assert first.references is not None

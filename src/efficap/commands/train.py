@@ -21,7 +21,7 @@ from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.placement import check_accelerator, choose_device, say_if_slow
 from efficap.commands.processes import check_processes, check_sharding, requeue
-from efficap.commands.resume import check_limits, check_new, is_finished, leave_no_trace, log_until
+from efficap.commands.resume import check_limits, check_new, keep_first_settings, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import MODEL, OPTIMIZER, STAGE, TRAIN, check_data
@@ -43,7 +43,7 @@ from efficap.training.checkpoints import Checkpoint, checkpoint_of
 from efficap.training.feature_cache import check_feature_cache
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
-from efficap.training.progress import METRICS_FILE, begun, check_free
+from efficap.training.progress import begun, check_free, is_finished, metrics_of
 from efficap.training.resume_point import Stopped
 from efficap.training.stage import Stage
 
@@ -80,7 +80,7 @@ def _settings(
         check_form(resolved, TRAIN)
     if resumed and resumed.path != asked.resolve():
         leave_no_trace(asked)
-    finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed))
+    finished = bool(resumed and cfg["resume"] in (None, "auto") and is_finished(resumed.path))
     if resumed and not finished:
         check_free(resumed.path)
     elif not resumed:
@@ -127,8 +127,7 @@ def _check_validation(data: dict[str, Any]) -> None:
 
 def best_score(run_dir: Path) -> float | None:
     """The best ``val/CIDEr`` of a run; None where it was never validated."""
-    file = run_dir / METRICS_FILE
-    best = json.loads(file.read_text())["best"] if file.is_file() else None
+    best = metrics_of(run_dir).get("best")
     return best and best["val/CIDEr"]
 
 
@@ -171,6 +170,8 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         make_ready(captioner, stages[stage.name], data[stage.name])
         log = log_until(resumed, checkpoint) if resumed and checkpoint else None
         if is_first():
+            if resumed:
+                keep_first_settings(resumed, {**cfg, "resume": None})
             write_run(run_dir, {**cfg, "resume": None}, tokenizer)
         with _ending(run_dir):
             loggers = build_loggers(cfg, run_dir, log)

@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from rich.console import Console
-from rich.progress import track
 from torch.utils.data import DataLoader
 
 from efficap.data.attributes import coco_ids, read_attribute
@@ -21,6 +19,7 @@ from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
 from efficap.data.pictures import Picture, PictureError
+from efficap.data.pool import tracked
 from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.table import CaptionTable, read_table
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
@@ -183,15 +182,7 @@ class CSVDataModule(CaptionDataModule):
         files = table.files[mine]
         found: list[tuple[int, str, str, str]] = []
         with ThreadPoolExecutor() as threads:
-            console = Console(stderr=True)
-            reasons = track(
-                threads.map(why_bad, files),
-                f"Checking {table.split}",
-                total=len(files),
-                transient=True,
-                console=console,
-                disable=not console.is_terminal or rank() > 0,
-            )
+            reasons = tracked(threads.map(why_bad, files), f"Checking {table.split}", len(files))
             for place, file, error in zip(range(len(table))[mine], files, reasons, strict=True):
                 if error is not None:
                     found.append((place, str(file), error.reason, error.detail))

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from io import FileIO
@@ -20,7 +21,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from efficap.data.pictures import PictureError
@@ -123,12 +123,7 @@ class FeatureStore:
         try:
             fcntl.flock(index, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            Console(stderr=True).print(
-                f"another process writes to {self.folder}; waiting until it is done",
-                soft_wrap=True,
-                highlight=False,
-                markup=False,
-            )
+            print(f"another process writes to {self.folder}; waiting until it is done", file=sys.stderr)
             fcntl.flock(index, fcntl.LOCK_EX)
 
     def append(self, pictures: Sequence[Stamp], maps: Tensor) -> None:

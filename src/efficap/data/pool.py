@@ -61,7 +61,7 @@ def fewer_workers(workers: int) -> str:
 
 
 def tracked(results: Iterable[Result], description: str, total: int) -> Iterable[Result]:
-    """The same results, with a bar where stderr is a terminal."""
+    """The same results, with a bar where stderr is a terminal; of several processes the first's."""
     console = Console(stderr=True)
-    hidden = not console.is_terminal
+    hidden = not console.is_terminal or launch().rank > 0
     return track(results, description, total=total, console=console, transient=True, disable=hidden)

@@ -105,11 +105,9 @@ class Beam(Decoding):
             "must be at most 100 nats; no group then takes what an earlier one took",
         )
 
-    def _search(
-        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
-    ) -> Decoded:
+    def _search(self, step: Step, image_ids: Sequence[str], rules: Rules, device: torch.device) -> Decoded:
         groups, width = self.num_beam_groups, self.num_beams // self.num_beam_groups
-        images = len(image_ids)
+        images, eos_id = len(image_ids), rules.eos_id
         running = Hypotheses.start(rules.prompt, images * groups, self.max_tokens, eos_id, device)
         finished = Hypotheses.blank(images * groups, width, self.max_tokens, eos_id, device)
         results = Hypotheses.blank(images, self.num_beams, self.max_tokens, eos_id, device)
@@ -123,9 +121,7 @@ class Beam(Decoding):
             log_probs = logits.float().log_softmax(dim=-1)  # (rows, V)
             if length == prompt and groups > 1:
                 log_probs = log_probs.repeat_interleave(groups, dim=0)  # (B*g, V)
-            running, finished, parents = self._extend(
-                running, finished, log_probs, length, is_open, rules, eos_id
-            )
+            running, finished, parents = self._extend(running, finished, log_probs, length, is_open, rules)
             is_open &= self._may_improve(running, finished, length + 1 - prompt, prompt)
             open_images = is_open.view(-1, groups).any(dim=1)  # (B,)
             still = int(open_images.sum())
@@ -160,7 +156,6 @@ class Beam(Decoding):
         length: int,
         is_open: Tensor,
         rules: Rules,
-        eos_id: int,
     ) -> tuple[Hypotheses, Hypotheses, Tensor]:
         """One more word for every pool; also, for each new row, the row of the step that it continues: (B, n)."""
         groups, width = self.num_beam_groups, self.num_beams // self.num_beam_groups
@@ -177,7 +172,7 @@ class Beam(Decoding):
             parts.append(candidates)
             origins.append(origin)
             if groups > 1:
-                runs_on = candidates.tokens[..., length] != eos_id
+                runs_on = candidates.tokens[..., length] != rules.eos_id
                 takers = candidates.rescored(candidates.scores, where=runs_on).best(width)[0]
                 weights = (takers.scores > -math.inf).to(of_group.dtype)  # an empty place takes nothing
                 taken = of_group.new_zeros(len(of_group), of_group.shape[-1]) if taken is None else taken
@@ -185,7 +180,7 @@ class Beam(Decoding):
         candidates = Hypotheses.interleaved(parts)  # k = 2w
         origin = torch.stack(origins, dim=1).flatten(0, 1)  # (B*g, 2w)
 
-        says_eos = candidates.tokens[..., length] == eos_id  # (B*g, 2w)
+        says_eos = candidates.tokens[..., length] == rules.eos_id  # (B*g, 2w)
         ends = says_eos | (length + 1 == self.max_tokens)
         rank = torch.arange(2 * width, device=ends.device)
         enters = ends & (rank < width) & is_open[:, None]

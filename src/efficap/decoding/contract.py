@@ -179,7 +179,7 @@ class Decoding(ABC):
         assert image_ids, "an empty batch"
         device = torch.device(device)
         rules = self._rules(bos_id, eos_id, device, vocabulary)
-        decoded = self._search(step, image_ids, rules, eos_id, device)
+        decoded = self._search(step, image_ids, rules, device)
         broken = (~decoded.scores[:, 0].isfinite()).nonzero().flatten().tolist()
         if broken:
             raise InputError(
@@ -221,7 +221,7 @@ class Decoding(ABC):
 
     @abstractmethod
     def _search(
-        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
+        self, step: Step, image_ids: Sequence[str], rules: Rules, device: torch.device
     ) -> Decoded: ...
 
 

@@ -37,7 +37,6 @@ class _Independent(Decoding):
         samples: int,
         choose: Callable[[Tensor, Tensor, int], Tensor],
         rules: Rules,
-        eos_id: int,
         device: torch.device,
     ) -> Decoded:
         """Word after word until all captions end.
@@ -45,7 +44,7 @@ class _Independent(Decoding):
         Args:
             choose: (scores (B'*n, V), place (B',), length) -> (B'*n,) words, for the images at `place`.
         """
-        prompt = len(rules.prompt)
+        prompt, eos_id = len(rules.prompt), rules.eos_id
         tokens = torch.full((images, samples, self.max_tokens), eos_id, device=device)  # (B, n, T)
         tokens[..., :prompt] = torch.tensor(rules.prompt, device=device)
         gains = torch.zeros(tokens.shape, device=device)  # (B, n, T)
@@ -103,13 +102,11 @@ class Greedy(_Independent):
 
     method: ClassVar[str] = "greedy"
 
-    def _search(
-        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
-    ) -> Decoded:
+    def _search(self, step: Step, image_ids: Sequence[str], rules: Rules, device: torch.device) -> Decoded:
         def choose(scores: Tensor, place: Tensor, length: int) -> Tensor:
             return scores.argmax(dim=-1)
 
-        return self._roll_out(step, len(image_ids), 1, choose, rules, eos_id, device)
+        return self._roll_out(step, len(image_ids), 1, choose, rules, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,9 +170,7 @@ class Nucleus(_Independent):
         )
         require(is_whole(self.seed), "seed", self.seed, "must be a whole number; use 0 if any will do")
 
-    def _search(
-        self, step: Step, image_ids: Sequence[str], rules: Rules, eos_id: int, device: torch.device
-    ) -> Decoded:
+    def _search(self, step: Step, image_ids: Sequence[str], rules: Rules, device: torch.device) -> Decoded:
         samples, steps = self.num_return_sequences, self.max_tokens - 1
         uniform = uniform_numbers(self.seed, image_ids, samples * steps).to(device)
         uniform = uniform.view(-1, samples, steps)  # (B, n, T-1)
@@ -183,7 +178,7 @@ class Nucleus(_Independent):
         def choose(scores: Tensor, place: Tensor, length: int) -> Tensor:
             return self._draw(scores, uniform[place, :, length - 1].flatten()[:, None])
 
-        return self._roll_out(step, len(image_ids), samples, choose, rules, eos_id, device)
+        return self._roll_out(step, len(image_ids), samples, choose, rules, device)
 
     def _draw(self, scores: Tensor, uniform: Tensor) -> Tensor:
         """Words (B,) by inverse CDF over the nucleus, at `uniform` (B, 1) of its probability."""

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 TRAIN, VAL, CIDER, BLEU = "#4878a8", "#d9742b", "#3a8f5c", "#8a5aa8"
 NEUTRAL = "#80878e"
-TRAIN_LOSSES = ("train/loss", "train/loss_step", "train/loss_epoch")  # Lightning adds the ending by `on_step`
 SMOOTHED_SHARE = 0.05  # of the run's points, that the moving average of the training loss spans
 
 
@@ -61,10 +60,9 @@ def _figure(metrics_csv: Path) -> Figure:
 
     table = read_metrics(metrics_csv)
     series = {
-        name: logged_values(table, name) for name in (*TRAIN_LOSSES, "val/loss", "val/CIDEr", "val/BLEU-4")
+        name: logged_values(table, name) for name in ("train/loss", "val/loss", "val/CIDEr", "val/BLEU-4")
     }
-    train = next((series[name] for name in TRAIN_LOSSES if len(series[name])), series[TRAIN_LOSSES[0]])
-    has_losses = len(train) + len(series["val/loss"]) > 0
+    has_losses = len(series["train/loss"]) + len(series["val/loss"]) > 0
     has_scores = len(series["val/CIDEr"]) + len(series["val/BLEU-4"]) > 0
     panels = has_losses + has_scores
     if not panels:
@@ -72,7 +70,7 @@ def _figure(metrics_csv: Path) -> Figure:
     figure = Figure(figsize=(6.0 * panels, 4.0), dpi=150, layout="constrained")
     axes = list(figure.subplots(1, panels, squeeze=False)[0])
     if has_losses:
-        _losses(axes[0], train, series["val/loss"])
+        _losses(axes[0], series["train/loss"], series["val/loss"])
     if has_scores:
         _scores(axes[-1], series["val/CIDEr"], series["val/BLEU-4"])
     for panel in axes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,21 +13,16 @@ from efficap.files import replacing
 SHOWN = 3  # ids named in an error message
 
 
-def write_predictions(path: Path, predictions: Mapping[str, str] | Iterable[tuple[str, str]]) -> None:
+def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
     """Write captions as ``[{"image_id": …, "caption": …}, …]``, the results format of the COCO evaluation.
 
     The ids stay the string keys of the table. Write the predictions before they are scored.
 
     Args:
         path: the JSON file; its folder is made.
-        predictions: image id -> caption, or pairs of them (in which duplicates can be seen).
-
-    Raises:
-        InputError: the pairs hold an id twice.
+        predictions: image id -> caption.
     """
-    pairs = list(predictions.items() if isinstance(predictions, Mapping) else predictions)
-    _refuse_duplicates([image_id for image_id, _ in pairs], path)
-    rows = [{"image_id": image_id, "caption": caption} for image_id, caption in pairs]
+    rows = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
     with replacing(path) as file:
         file.write(("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n").encode())
 

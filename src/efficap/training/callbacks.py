@@ -149,7 +149,7 @@ class SampleCaptions(Callback):
         self.run_dir, self.pictures, self.first_step = run_dir, pictures, first_step
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero:
+        if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, CaptionModule)
         stride = max(1, len(pl_module.predictions) // SAMPLES)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -123,12 +124,10 @@ def _stamps(pictures: Pictures) -> list[Stamp | None]:
 
 
 def _announce(store: FeatureStore, lacking: int, total: int) -> None:
-    Console(stderr=True).print(
+    print(
         f"caching features: {lacking:,} of {total:,} pictures to encode, "
         f"{lacking * store.bytes_each / 2**30:,.2f} GiB to write to {store.folder}",
-        soft_wrap=True,
-        highlight=False,
-        markup=False,
+        file=sys.stderr,
     )
 
 

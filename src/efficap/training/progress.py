@@ -5,17 +5,32 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import itertools
+import json
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from efficap.errors import InputError
 
 METRICS_FILE = "metrics.json"
 SAMPLES_FILE = "samples/last.parquet"  # of the last validation
 LOCK_FILE = "training.lock"
+
+
+def metrics_of(run_dir: Path) -> dict[str, Any]:
+    """What a run's metrics.json holds: nothing where there is none yet, or where it is damaged."""
+    try:
+        found = json.loads((run_dir / METRICS_FILE).read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def is_finished(run_dir: Path) -> bool:
+    """Whether a training came to its end."""
+    return bool(metrics_of(run_dir).get("finished"))
 
 
 @contextlib.contextmanager

@@ -19,10 +19,10 @@ from rich.table import Table
 from rich.text import Text
 
 from efficap.errors import InputError
-from efficap.evaluation.curves import SMOOTHED_SHARE, TRAIN_LOSSES, logged_values, read_metrics
+from efficap.evaluation.curves import SMOOTHED_SHARE, logged_values, read_metrics
 from efficap.evaluation.pictures import PictureRecord, read_pictures
-from efficap.evaluation.results import read_scores
-from efficap.training.progress import METRICS_FILE, SAMPLES_FILE, at_work
+from efficap.files import path_argument
+from efficap.training.progress import SAMPLES_FILE, at_work, is_finished
 from efficap.training.terminal_plot import Curve, plot
 from efficap.yaml_files import read_yaml
 
@@ -86,7 +86,7 @@ def read_run(path: Path, before: Watched | None = None) -> Watched:
         InputError: it is no run directory.
     """
     config = _config(path)
-    state = TRAINING if at_work(path) else FINISHED if _is_finished(path) else STOPPED
+    state = TRAINING if at_work(path) else FINISHED if is_finished(path) else STOPPED
     try:
         log = read_metrics(path / "metrics.csv")
     except InputError:  # not there yet, or between two lines
@@ -107,17 +107,12 @@ def _config(path: Path) -> dict[str, Any]:
     return config
 
 
-def _is_finished(path: Path) -> bool:
-    file = path / METRICS_FILE
-    return file.is_file() and bool(read_scores(file).get("finished"))
-
-
 def screen(run: Watched, width: int, samples: int) -> RenderableType:
     """Everything on one screen: how far the run is, its curves, and captions of the last validation."""
     half = max(30, width // 2)
     inside = half - 4
     last_step = float(run.log["step"].max()) if len(run.log) else 0.0
-    loss = next((found for name in TRAIN_LOSSES if len(found := run.curve(name))), run.curve(TRAIN_LOSSES[0]))
+    loss = run.curve("train/loss")
     smooth = loss.ewm(span=max(1.0, SMOOTHED_SHARE * len(loss))).mean()
     losses = [Curve(smooth, "blue"), Curve(run.curve("val/loss"), "yellow")]
     scores = [Curve(run.curve("val/CIDEr"), "green")]
@@ -205,7 +200,9 @@ def main(arguments: list[str] | None = None) -> int:
         description="Show a training as it goes on: losses, scores, captions of the last validation, speed, time left.",
         epilog="Ends by itself when the run is finished, with status 0, or when its process is gone, with status 1.",
     )
-    parser.add_argument("run", metavar="RUN", type=Path, help="a run directory, such as outputs/latest")
+    parser.add_argument(
+        "run", metavar="RUN", type=path_argument, help="a run directory, such as outputs/latest"
+    )
     parser.add_argument("--once", action="store_true", help="print one screen and end, with status 0")
     parser.add_argument(
         "--every", type=float, default=2.0, metavar="SECONDS", help="between looks (default: 2)"
@@ -213,7 +210,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, default=6, metavar="N", help="captions shown (default: 6)")
     options = parser.parse_args(arguments)
     console = Console()
-    path = options.run.expanduser().resolve()  # outputs/latest may move on to another run
+    path = options.run.resolve()  # outputs/latest may move on to another run
     try:
         if not options.every > 0:
             raise InputError(f"--every {options.every:g} must be above 0 seconds")

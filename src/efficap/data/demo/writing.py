@@ -11,12 +11,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from random import Random
 
-from rich.console import Console
-from rich.progress import track
-
 from efficap.data.demo.captions import write_references
 from efficap.data.demo.drawing import bounding_box, draw_scene
 from efficap.data.demo.splits import SPLIT_SIZES, sample_splits
+from efficap.data.pool import tracked
 from efficap.errors import InputError
 from efficap.files import unfinished
 
@@ -122,18 +120,11 @@ def _is_written(folder: Path, record: Mapping[str, object], pictures: int) -> bo
 def _write(folder: Path, seed: int, sizes: Mapping[str, int], image_size: int) -> None:
     images = folder / "images"
     images.mkdir(parents=True)
-    console = Console(stderr=True)
     with (folder / "captions.csv").open("w", encoding="utf-8", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(("file_name", "caption", "split"))
-        for split, name, scene in track(
-            sample_splits(seed, sizes),
-            "Drawing the demo data set",
-            total=sum(sizes.values()),
-            console=console,
-            transient=True,
-            disable=not console.is_terminal,
-        ):
+        scenes = sample_splits(seed, sizes)
+        for split, name, scene in tracked(scenes, "Drawing the demo data set", sum(sizes.values())):
             file_name = f"{name}.jpg"
             draw_scene(scene, image_size).save(images / file_name, quality=90)
             references = write_references(scene, Random(f"{seed} {name} captions"))

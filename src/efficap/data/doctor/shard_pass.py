@@ -98,7 +98,7 @@ def _look_at_shard(job: _Job) -> _Seen:
     looks: list[tuple[object, ...]] = []
     captions = CaptionTally(limit)
 
-    def on_sample(image_id: str, _: Picture, data: bytes, texts: list[str]) -> None:
+    def on_sample(image_id: str, data: bytes, texts: list[str]) -> None:
         looks.append(look_at(Picture(data, max_pixels)))  # anew: that of the index was decoded at 1/8
         captions.add(f"{tar.name}: {image_id.removeprefix(tar.stem + '/')}", texts)
 

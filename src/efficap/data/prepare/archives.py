@@ -10,9 +10,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
-from rich.console import Console
-from rich.progress import track
-
+from efficap.data.pool import tracked
 from efficap.data.prepare.download import check_space, readable
 from efficap.errors import InputError
 
@@ -42,14 +40,7 @@ def unpack(archive: Path, folder: Path, place: Callable[[str], str | None]) -> i
             ]
             size = sum(info.file_size for info, _ in lacking)
             check_space(folder, size, f"{readable(size)} from {archive.name}")
-            console = Console(stderr=True)
-            for info, target in track(
-                lacking,
-                f"unpacking {archive.name}",
-                console=console,
-                transient=True,
-                disable=not console.is_terminal,
-            ):
+            for info, target in tracked(lacking, f"unpacking {archive.name}", len(lacking)):
                 _write(content, info, target)
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         raise InputError(

@@ -88,7 +88,7 @@ class Examined:
     bad: list[BadSample]
 
 
-OnSample = Callable[[str, Picture, bytes, list[str]], None]
+OnSample = Callable[[str, bytes, list[str]], None]
 
 
 def examine(tar: Path, *, max_pixels: int, on_sample: OnSample | None = None) -> Examined:
@@ -96,7 +96,7 @@ def examine(tar: Path, *, max_pixels: int, on_sample: OnSample | None = None) ->
 
     Args:
         max_pixels: larger pictures are left out.
-        on_sample: called for each good sample with its image id, picture, the picture's bytes and its captions.
+        on_sample: called for each good sample with its image id, the picture's bytes and its captions.
 
     Raises:
         OSError: the tar cannot be read.
@@ -138,7 +138,7 @@ def _examine(
     picture.pixels(at_least=1)  # all of it is read, at an eighth of its size
     image_id, captions = _read_texts(file, tar, sample)
     if on_sample is not None:
-        on_sample(image_id, picture, data, captions)
+        on_sample(image_id, data, captions)
     row: dict[str, object] = {"key": sample.key, "image_id": image_id}
     for name, extent in (("image", sample.image), ("text", sample.text), ("json", sample.json)):
         row |= {

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pyarrow as pa
-from rich.console import Console
 
 from efficap.data.pool import in_processes, tracked
 from efficap.data.shards.examine import SCHEMA, VERSION, Examined, IndexHeader, examine
@@ -112,11 +112,10 @@ def ensure_indexes(
     stale = [tar for tar, header in headers.items() if header is None or not fits(header, tar, max_pixels)]
     if stale:
         changed = sum(headers[tar] is not None for tar in stale)
-        Console(stderr=True).print(
+        print(
             f"{len(stale):,} of {len(tars):,} shards have no valid index ({changed:,} have an old one): "
             "checking every sample once",
-            highlight=False,
-            soft_wrap=True,
+            file=sys.stderr,
         )
         jobs = [(tar, headers[tar], index_dir, max_pixels) for tar in stale]
         way_out = "the same command again goes on with the shards that are left"

@@ -44,10 +44,9 @@ class ShardSettings:
 
 @dataclass(frozen=True, slots=True)
 class ShardJob:
-    """One tar to write: the pictures of a table from number `first` on."""
+    """One tar to write, and the pictures of a table that go into it."""
 
     tar: Path
-    number: int
     image_ids: list[str]
     files: list[Path]
     references: list[list[str]]
@@ -144,7 +143,7 @@ def _jobs(table: CaptionTable, out_dir: Path, settings: ShardSettings) -> list[S
         rows = table.rows.slice(start, size)
         part = CaptionTable(table.split, rows)
         tar = out_dir / f"{number:0{digits}d}.tar"
-        jobs.append(ShardJob(tar, number, part.image_ids, part.files, part.references, settings))
+        jobs.append(ShardJob(tar, part.image_ids, part.files, part.references, settings))
     return jobs
 
 

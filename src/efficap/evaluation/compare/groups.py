@@ -14,18 +14,23 @@ from efficap.yaml_files import read_yaml
 
 # What changes no score by intention, wherever it stands in the configuration.
 _UNSEEN = {
-    "cache_dir",
     "callbacks",
     "checkpoint",
+    "compile",
+    "devices",
     "enable_progress_bar",
     "feature_cache_dir",
+    "gradient_checkpointing",
     "image_dir",
     "index_dir",
     "log_every_n_steps",
     "logger",
+    "max_bad_fraction",
+    "max_bad_steps",
     "num_threads",
     "num_workers",
     "output_dir",
+    "read_timeout",
     "resume",
     "seed",
 }

@@ -81,7 +81,7 @@ def _natural(folder: Path) -> tuple[int, str]:
 
 def _job(folder: Path) -> Job:
     file = folder / JOB_FILE
-    if not file.is_file():
+    if not file.is_file() or not file.stat().st_size:  # empty: its process was gone before it could write
         state = "unknown" if (folder / WEIGHTS_FILE).is_file() else "not started"
         return Job(folder, state, _hydras_overrides(folder))
     try:
