@@ -17,6 +17,7 @@ from PIL import Image
 from started import started_together
 from tars import ThisProcess, encoded, jpeg, sample, samples, scenery, tar_bytes, write_tar
 
+from efficap import commands
 from efficap.batch import CaptionBatch
 from efficap.commands.evaluate import evaluate
 from efficap.commands.train import train
@@ -27,6 +28,7 @@ from efficap.data.shards.writer import ShardSettings, write_shards
 from efficap.data.table import read_table
 from efficap.data.webdataset import WebDatasetDataModule
 from efficap.errors import InputError
+from efficap.evaluation.sheet import contact_sheet
 from efficap.models.build import build_model
 from efficap.picture_files import MAX_PIXELS
 from efficap.tokenizer import CaptionTokenizer
@@ -790,6 +792,31 @@ def test_a_run_on_shards_evaluates_from_another_folder_with_its_gallery(
     assert len(list((run / "samples").glob("*.html"))) == 3
     assert len(list((run.parent / "indexes").iterdir())) == 7
     assert not list((run.parent / "shards").rglob("*.arrow"))
+
+
+def test_an_evaluation_of_a_shard_that_changes_meanwhile_lacks_its_pictures_alone(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, run = trained
+    write = commands.evaluate._write_captions
+    tars = [(tar, tar.read_bytes(), tar.stat()) for tar in (shards / "test").glob("*.tar")]
+
+    def write_and_change(*arguments: Any) -> None:
+        write(*arguments)
+        for tar, content, _ in tars:
+            tar.write_bytes(bytes(len(content)))
+
+    monkeypatch.setattr("efficap.commands.evaluate._write_captions", write_and_change)
+    monkeypatch.setattr("efficap.commands.evaluate.contact_sheet", contact_sheet)
+    try:
+        assert evaluate(compose("eval", f"run={run}", "metrics=[CIDEr]"))["images"] == 4
+    finally:
+        for tar, content, times in tars:
+            tar.write_bytes(content)
+            os.utime(tar, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (run / "eval/test/report.html").read_text().count("changed tar: ") == 4
+    with Image.open(run / "eval/test/sheet.png") as sheet:
+        assert sheet.width > 300
 
 
 @pytest.mark.parametrize("split", ["train", "val"])

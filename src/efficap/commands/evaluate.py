@@ -188,7 +188,10 @@ def _records(
     references: dict[str, list[str]],
     pictures: Callable[[str], Path | Image.Image],
 ) -> list[PictureRecord]:
-    files = isinstance(pictures(next(iter(predictions))), Path)  # else each would be read from its shard
+    try:
+        files = isinstance(pictures(next(iter(predictions))), Path)
+    except OSError:
+        files = False  # it is in a shard, as all of them, which would be read one by one
     return [
         PictureRecord(
             image_id,
@@ -227,8 +230,18 @@ def _write_pages(
     few = records[: min(SHEET, limit)]
     contact_sheet(
         sheet,
-        [GalleryItem(pictures(record.image_id), record.caption, record.references) for record in few],
+        [
+            GalleryItem(_shown_picture(pictures, record.image_id), record.caption, record.references)
+            for record in few
+        ],
     )
+
+
+def _shown_picture(pictures: Callable[[str], Path | Image.Image], image_id: str) -> Path | Image.Image:
+    try:
+        return pictures(image_id)
+    except OSError:  # of a shard that has changed since
+        return Path(image_id)  # not there: what shows it says so
 
 
 def _described(decoding: Decoding) -> str:

@@ -135,7 +135,11 @@ class CaptionData(ABC):
 
     @abstractmethod
     def picture(self, split: str, image_id: str) -> Path | Image.Image:
-        """A picture to show: its file, or itself."""
+        """A picture to show: its file, or itself.
+
+        Raises:
+            OSError: it lies in a shard that has changed, or cannot be read.
+        """
 
     def attribute(self, split: str, name: str) -> dict[str, str]:
         """The value of a column of the table for each picture of a split, by image id; "" where there is none.

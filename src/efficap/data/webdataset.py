@@ -12,13 +12,14 @@ from PIL import Image
 from efficap.data.loader import CheckedLoader
 from efficap.data.module import CaptionDataModule
 from efficap.data.order import BatchOrder, EvaluationOrder, ShuffledShards
+from efficap.data.pictures import PictureError
 from efficap.data.pool import cores, cores_each
 from efficap.data.shards.batches import ShardBatches
 from efficap.data.shards.examine import BadSample, IndexHeader
 from efficap.data.shards.index import ensure_indexes
 from efficap.data.shards.names import find_shards
 from efficap.data.shards.reader import ShardReader
-from efficap.data.shards.tar import Broken
+from efficap.data.shards.tar import Broken, SampleError
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.picture_files import open_picture
@@ -175,7 +176,11 @@ class WebDatasetDataModule(CaptionDataModule):
         if split not in self._numbers:  # the training pictures, whose names may repeat
             reader = self.reader(split)
             self._numbers[split] = {reader.image_id(number): number for number in range(len(reader))}
-        return open_picture(self.reader(split).read(self._numbers[split][image_id]).image, self.max_pixels)
+        try:
+            sample = self.reader(split).read(self._numbers[split][image_id])
+        except SampleError as error:  # the tar has changed, or its disk is gone
+            raise PictureError(error.reason, error.detail) from error
+        return open_picture(sample.image, self.max_pixels)
 
     def train_dataloader(self) -> CheckedLoader:
         counts = self.reader("train").counts
