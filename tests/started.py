@@ -29,15 +29,18 @@ from PIL import Image
 ROOT = Path(__file__).parents[1]
 _COMMANDS = [f"efficap.commands.{name}" for name in ("train", "evaluate", "caption")]
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload([*_COMMANDS, "pytest"])
+# What a logger, shards and a search import as they begin, too; where one of these is absent it is passed over.
+_LATER = ["wandb.sdk.launch", "nvidia.dali.fn", "nvidia.dali.plugin.pytorch", "optuna"]
+_server.set_forkserver_preload([*_COMMANDS, "pytest", *_LATER])
 # There is one server for all of a process's pools: another's wish, such as the doctor's, would take its place.
 multiprocessing.context.BaseContext.set_forkserver_preload = lambda *_: None  # type: ignore[assignment]
 
 
 def draw_nothing(patch: pytest.MonkeyPatch) -> None:
-    """At the end of each training half a second goes into its curves, and at its start some into a line on memory."""
+    """Half a second goes into curves and sheets of pictures, and at a training's start some into a line on memory."""
     nothing = Image.new("RGB", (1, 1))
     patch.setattr("efficap.training.run_metrics.plot_curves", lambda _, png: nothing.save(png))
+    patch.setattr("efficap.commands.evaluate.contact_sheet", lambda png, _: nothing.save(png))
     patch.setattr("efficap.training.summary._activation_bytes", lambda *_: 0)
 
 
@@ -145,6 +148,7 @@ def _run(
     import torch
 
     from efficap.data import pool
+    from efficap.evaluation import java
 
     for stream, file in enumerate(streams, start=1):
         os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), stream)
@@ -159,6 +163,7 @@ def _run(
     # What nobody looks at, and pools that would import everything once more.
     draw_nothing(pytest.MonkeyPatch())
     omegaconf._utils.yaml = SimpleNamespace(**{**vars(yaml), "SafeLoader": yaml.CSafeLoader})  # type: ignore[assignment]
+    java._starts = lambda _: True  # type: ignore[assignment]  # it does for the tests
     pool.get_context = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment]
     status: object = 0
     try:

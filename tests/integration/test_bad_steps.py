@@ -139,7 +139,7 @@ def assert_equal_states(run: Path, expected: Path) -> None:
 def test_a_bad_step_is_as_one_that_was_taken_back(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: dict[str, Any], overrides: list[str]
 ) -> None:
-    command = [*CHANCE, "trainer.max_epochs=2", *overrides]
+    command = [*CHANCE, "trainer.max_epochs=2", "trainer.max_steps=4", *overrides]
     with monkeypatch.context() as patch:
         spoil(patch, 0, 2, **how)
         with pytest.warns(UserWarning, match="left out so far: 2, the last of them step 2"):

@@ -69,8 +69,11 @@ def test_curves_are_drawn_at_the_end_and_at_validations_that_are_not_too_close(
     assert drawings == [tmp_path / "run" / "curves.png"] * drawn, "three validations and the end"
 
 
-def test_evaluation_writes_captions_then_scores(trained: tuple[Path, Path]) -> None:
+def test_evaluation_writes_captions_then_scores(
+    trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, run = trained
+    monkeypatch.undo()  # all is drawn
     scores = evaluate(compose("eval", f"run={run}", "metrics=[BLEU,CIDEr]"))
     captions = json.loads((run / "eval/test/captions.json").read_text())
     assert [row["image_id"] for row in captions] == [f"test_{n}.jpg" for n in range(4)]
@@ -82,6 +85,8 @@ def test_evaluation_writes_captions_then_scores(trained: tuple[Path, Path]) -> N
     assert all(p.image and p.image.is_file() and len(p.references) == 2 and p.scores for p in pictures)
     page = (run / "eval/test/report.html").read_text()
     assert page.count('<script type="text/plain" id="picture') == 4
+    with Image.open(run / "eval/test/sheet.png") as sheet:
+        assert sheet.width > 4 * 300, "a row of four pictures"
     assert all(f">{name}<" in page for name in ("CIDEr", "BLEU-4", "distinct captions", "Training"))
 
 

@@ -71,7 +71,7 @@ def on(coco: Path, table: str = "{val2014: captions_val2014.json}", *overrides: 
 
 @pytest.mark.slow
 def test_scores_equal_those_of_cocos_own_evaluation(
-    coco: Path, runs: list[Path], monkeypatch: pytest.MonkeyPatch
+    coco: Path, runs: list[Path], small_meteor: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saying = "+decoding.prefix='a red picture'"  # random weights say nothing that could score
     scores = evaluate(compose("eval", f"run={runs[0]}", "split=val2014", saying, *on(coco)))

@@ -38,8 +38,8 @@ TOGETHER = 8  # pictures of a step
 ALIKE = [  # what one process and two can do alike: BatchNorm on a CPU takes a process's own pictures
     "model.encoder.frozen=true",
     "data.captions_per_image=1",  # so that the shares of a step have different numbers of tokens
-    "trainer.max_epochs=7",  # of 3 steps
-    "trainer.check_val_every_n_epoch=3",
+    "trainer.max_epochs=4",  # of 3 steps
+    "trainer.check_val_every_n_epoch=2",
     "checkpoint.every_steps=2",
 ]
 # Notes what each rank trains on, and lets one of them send itself a signal in a step.
@@ -151,7 +151,7 @@ def assert_like(run: Path, expected: Path) -> None:
         .filter(regex="loss|CIDEr|BLEU|distinct|pairs$")
         for path in (run, expected)
     )
-    assert len(theirs) >= 20
+    assert len(theirs) >= 12
     assert list(ours.index) == list(theirs.index)
     for column in theirs:
         np.testing.assert_allclose(ours[column], theirs[column], atol=1e-5, rtol=0, err_msg=str(column))
@@ -224,7 +224,7 @@ def test_what_one_began_two_go_on_with(
     assert done.statuses == [0, 0], done.errors[-3000:]
     assert_like(run, alone)
     steps = [seen(tmp_path / "one", rank) for rank in range(2)]
-    assert [step[0] for step in steps[0]] == [str(n) for n in range(8, 21)]
+    assert [step[0] for step in steps[0]] == [str(n) for n in range(8, 12)]
     assert all(len(step) == 1 + TOGETHER // 2 for of_rank in steps for step in of_rank), (
         "a step's pictures stay"
     )
@@ -249,16 +249,9 @@ def test_a_mistake_that_all_meet_is_told_once(folder: Path, tmp_path: Path) -> N
     assert "efficap/commands" not in done.errors, "and without a traceback"
 
 
-def test_two_leave_a_run_alone_that_another_process_trains_in(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        die_at(patch, "training_step", 7, terminate)
-        with pytest.raises(SystemExit):
-            train(compose("train", *tiny_overrides(folder, run), *ALIKE, f"data.batch_size={TOGETHER}"))
-    with begun(run):
-        done = together(ROOT / "train.py", f"resume={run}", "trainer.strategy=ddp", cwd=tmp_path)
+def test_two_leave_a_run_alone_that_another_process_trains_in(alone: Path, tmp_path: Path) -> None:
+    with begun(alone):
+        done = together(ROOT / "train.py", f"resume={alone}", "trainer.strategy=ddp", cwd=tmp_path)
     assert done.statuses == [1, 1]
     assert done.errors.count("another process trains in it") == 1, done.errors[-3000:]
     assert "efficap/commands" not in done.errors, "and without a traceback"

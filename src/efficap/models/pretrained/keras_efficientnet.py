@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping
 
@@ -78,6 +79,7 @@ def mean_and_std(architecture: str) -> dict[str, list[float]]:
     return dict.fromkeys(("mean", "std"), [_KERAS_MEAN_STD] * 3)
 
 
+@functools.cache
 def _keras_layers(architecture: str) -> dict[str, tuple[str, nn.Module]]:
     """timm's modules and their names, by Keras's names of the same layers, in Keras's order."""
     with torch.device("meta"):
