@@ -576,7 +576,9 @@ def test_a_run_whose_settings_have_changed_on_the_way_is_found_by_the_command_th
     assert found.path == run
     assert settings["gradient_checkpointing"] is True
     _, _, found = resolved_settings(compose("train", *same, "gradient_checkpointing=true"))
-    assert found is None, "that command did not begin it"
+    assert found is not None, "as it is now"
+    _, _, found = resolved_settings(compose("train", *same, "seed=1"))
+    assert found is None
     train(going_on(run, "trainer.max_epochs=3"))
     _, _, found = resolved_settings(compose("train", *same))
     assert found is not None, "the first settings are kept, and not the second"

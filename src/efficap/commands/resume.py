@@ -46,7 +46,7 @@ def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
 
 
 def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
-    """The run of these very settings that ``resume=auto`` goes on with, or that a sweep finds in the job's folder.
+    """The run of these very settings, as it began or as it is now, that ``resume=auto`` or a sweep's job goes on with.
 
     Args:
         cfg: the resolved values of conf/train.yaml.
@@ -73,7 +73,7 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
             continue  # another program's, where hydra.run.dir puts runs among them
         if not (is_finished(run.path) or has_checkpoint(run.path)):
             continue
-        if _compared(first) == _compared(cfg):
+        if _compared(cfg) in (_compared(first), _compared(run.config)):
             return run
         if in_sweep:
             raise InputError(
@@ -83,7 +83,7 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
 
 
 def _first_settings(run: RunDirectory) -> dict[str, Any]:
-    """Those that a run began with, by which the command that began it finds it."""
+    """Those that a run began with, by which the command that began it finds it, whatever has changed on the way."""
     file = run.path / FIRST_CONFIG_FILE
     first = read_yaml(file) if file.is_file() else None
     return first if isinstance(first, dict) and "output_dir" in first else run.config

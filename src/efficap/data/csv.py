@@ -65,7 +65,7 @@ class CSVDataModule(CaptionDataModule):
         self.table: Path | dict[str, Path] = (
             Path(table).expanduser()
             if isinstance(table, str)
-            else {split: Path(file).expanduser() for split, file in table.items()}
+            else {split.strip(): Path(file).expanduser() for split, file in table.items()}
         )
         self.image_dir = Path(image_dir).expanduser()
         self.allow_absolute, self.check = allow_absolute, check_images
@@ -237,7 +237,7 @@ class CSVDataModule(CaptionDataModule):
     def attribute(self, split: str, name: str) -> dict[str, str]:
         table, files = self.split(split), self.table
         if isinstance(files, dict):  # those of other splits need not have it
-            files = {key: file for key, file in files.items() if key.strip() == table.split}
+            files = {key: file for key, file in files.items() if key == table.split}
         values = read_attribute(files, self.image_dir, name, self.image_column)
         return {image_id: values[image_id] for image_id in table.image_ids}
 
