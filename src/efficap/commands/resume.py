@@ -16,20 +16,18 @@ from efficap.commands.saved_parts import check_saved_parts
 from efficap.commands.stages import is_of_stages
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
-from efficap.files import replacing
 from efficap.models.weights import WEIGHTS_FILE
 from efficap.training.checkpoints import LAST, PREVIOUS, Checkpoint, checkpoint_of
 from efficap.training.progress import METRICS_FILE, is_finished
-from efficap.yaml_files import read_yaml
 
 # What the next step does not depend on, or what says when training ends.
 _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "callbacks.", "gradient_checkpointing")
 # The same of each data set and each stage; the runs of earlier versions lack some.
 _OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction")
 _OF_STAGE = ("training.max_bad_steps",)
-FIRST_CONFIG_FILE = "config.first.yaml"
-# What tells a training from itself when it is started again.
-_NOT_COMPARED = ("resume", "output_dir", OVERRIDES)
+# What tells a training from itself when it is started again; and what helps on the way where memory has run out, and
+# changes nothing that is learned.
+_NOT_COMPARED = ("resume", "output_dir", OVERRIDES, "gradient_checkpointing")
 
 
 def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
@@ -46,7 +44,7 @@ def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
 
 
 def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
-    """The run of these very settings, as it began or as it is now, that ``resume=auto`` or a sweep's job goes on with.
+    """The run of these very settings, that ``resume=auto`` goes on with, or that a sweep finds in the job's folder.
 
     Args:
         cfg: the resolved values of conf/train.yaml.
@@ -66,35 +64,19 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
             continue
         try:
             run = RunDirectory(folder, "resume")
-            first = _first_settings(run)
         except InputError:
             if in_sweep:
                 raise
             continue  # another program's, where hydra.run.dir puts runs among them
         if not (is_finished(run.path) or has_checkpoint(run.path)):
             continue
-        if _compared(cfg) in (_compared(first), _compared(run.config)):
+        if _compared(run.config) == _compared(cfg):
             return run
         if in_sweep:
             raise InputError(
                 f"{own} holds a training of other settings; hydra.sweep.dir=DIR gives this sweep a folder of its own"
             )
     return None
-
-
-def _first_settings(run: RunDirectory) -> dict[str, Any]:
-    """Those that a run began with, by which the command that began it finds it, whatever has changed on the way."""
-    file = run.path / FIRST_CONFIG_FILE
-    first = read_yaml(file) if file.is_file() else None
-    return first if isinstance(first, dict) and "output_dir" in first else run.config
-
-
-def keep_first_settings(run: RunDirectory, settings: dict[str, Any]) -> None:
-    """Keep the settings that a run began with, where other ones are about to take their place."""
-    first = run.path / FIRST_CONFIG_FILE
-    if not first.is_file() and _compared(settings) != _compared(run.config):
-        with replacing(first) as file:
-            file.write((run.path / CONFIG_FILE).read_bytes())
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -141,8 +123,9 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     """
     settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
     is_named = cfg["resume"] not in (None, "auto")
-    if not is_named:
-        return settings  # of a run whose settings are those of the command line, to the last one
+    if not is_named:  # the run's settings are those of the command line, but for what is not compared
+        own = cfg if "gradient_checkpointing" in said_settings(cfg) else settings
+        return {**settings, "gradient_checkpointing": own["gradient_checkpointing"]}
     said, of_parts = said_settings(cfg), _of_parts(run.config)
     for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:

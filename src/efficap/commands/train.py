@@ -21,7 +21,7 @@ from efficap.commands.kinds import check_form
 from efficap.commands.loggers import build_loggers, finish_wandb, log_artifact
 from efficap.commands.placement import check_accelerator, choose_device, say_if_slow
 from efficap.commands.processes import check_processes, check_sharding, requeue
-from efficap.commands.resume import check_limits, check_new, keep_first_settings, leave_no_trace, log_until
+from efficap.commands.resume import check_limits, check_new, leave_no_trace, log_until
 from efficap.commands.run_dir import RunDirectory, write_run
 from efficap.commands.saved_parts import DATA_MODULES
 from efficap.commands.schema import MODEL, OPTIMIZER, STAGE, TRAIN, check_data
@@ -170,8 +170,6 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         make_ready(captioner, stages[stage.name], data[stage.name])
         log = log_until(resumed, checkpoint) if resumed and checkpoint else None
         if is_first():
-            if resumed:
-                keep_first_settings(resumed, {**cfg, "resume": None})
             write_run(run_dir, {**cfg, "resume": None}, tokenizer)
         with _ending(run_dir):
             loggers = build_loggers(cfg, run_dir, log)

@@ -67,6 +67,8 @@ class CSVDataModule(CaptionDataModule):
             if isinstance(table, str)
             else {split.strip(): Path(file).expanduser() for split, file in table.items()}
         )
+        if isinstance(self.table, dict) and len(self.table) < len(table):
+            raise InputError(f"data.table={table} names a split twice; give each one file")
         self.image_dir = Path(image_dir).expanduser()
         self.allow_absolute, self.check = allow_absolute, check_images
         self.require_captions = require_captions

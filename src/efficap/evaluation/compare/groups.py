@@ -62,7 +62,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Runs whose configurations are equal but for the seed, for where pictures lie, and for where and how they log.
+    """Runs whose configurations are equal but for the seed, where pictures lie, and what changes no score (`_UNSEEN`).
 
     What they start from (``init_from``) must be runs of one model, too.
 
