@@ -163,7 +163,7 @@ def _run(
     # What nobody looks at, and pools that would import everything once more.
     draw_nothing(pytest.MonkeyPatch())
     omegaconf._utils.yaml = SimpleNamespace(**{**vars(yaml), "SafeLoader": yaml.CSafeLoader})  # type: ignore[assignment]
-    java._starts = lambda _: True  # type: ignore[assignment]  # it does for the tests
+    java._starts = lambda _: True  # type: ignore[assignment]  # else each asks `java -version`
     pool.get_context = lambda _: multiprocessing.get_context("fork")  # type: ignore[assignment]
     status: object = 0
     try:

@@ -162,6 +162,16 @@ def test_a_sweep_of_which_no_job_began_is_not_done(tmp_path: Path, monkeypatch: 
     assert sweeps.end_sweep(), "there is no other"
 
 
+def test_a_damaged_record_is_told_at_a_sweeps_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "0_job").mkdir()
+    (tmp_path / "0_job" / "job.json").write_text('{"state": "do')
+    monkeypatch.setattr(sweeps, "_begun", [tmp_path])
+    assert not sweeps.end_sweep()
+    assert re.fullmatch(r"error: \S+/0_job/job.json is damaged .*\n", capsys.readouterr().err)
+
+
 def test_a_sweeps_folder_is_named_by_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
     def name(*arguments: str) -> str:
         monkeypatch.setattr(sys, "argv", ["train.py", *arguments])

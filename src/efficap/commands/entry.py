@@ -116,12 +116,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
             said = _one_line(error, config_name)
             print(f"error: the settings cannot be put together: {said}", file=sys.stderr)
         failed = True
-    try:
-        failed |= not end_sweep()
-    except InputError as error:  # a job's record is damaged
-        _tell(str(error))
-        failed = True
-    if failed:
+    if not end_sweep() or failed:
         sys.exit(1)
 
 

@@ -44,7 +44,7 @@ def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
 
 
 def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
-    """The run of these very settings, that ``resume=auto`` goes on with, or that a sweep finds in the job's folder.
+    """The run of these very settings that ``resume=auto`` goes on with, or that a sweep finds in the job's folder.
 
     Args:
         cfg: the resolved values of conf/train.yaml.

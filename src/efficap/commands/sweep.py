@@ -11,6 +11,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from efficap.errors import InputError
+
 _begun: list[Path] = []  # folders of this process's sweeps: one, or none
 
 
@@ -41,7 +43,11 @@ def end_sweep() -> bool:
     # No job began, and each has told why; this process need not know, where they had processes of their own.
     if not any(folder.glob("*/job.json")):
         return False
-    jobs = read_jobs(folder)
+    try:
+        jobs = read_jobs(folder)
+    except InputError as error:  # a job's record is damaged
+        print(f"error: {error}", file=sys.stderr)
+        return False
     undone = [job for job in jobs if job.state != "done"]
     print(f"sweep: {count_states(jobs)}: {folder}")
     for job in undone:
