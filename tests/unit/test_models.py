@@ -17,7 +17,7 @@ from efficap.models.bridge import Bridge, interpolated, projected
 from efficap.models.build import build_model
 from efficap.models.cache import DecodingCache
 from efficap.models.captioner import CaptionModel
-from efficap.models.encoder import EncoderSpec
+from efficap.models.encoder import own_preprocessing
 from efficap.models.gpt2 import GPT2
 from efficap.models.linear import Linear
 from efficap.models.pretrained.gpt2 import gpt2_state_dict
@@ -331,8 +331,8 @@ def test_interpolated_positions_keep_a_linear_ramp() -> None:
 
 
 def test_preprocessing_comes_from_the_weights_not_from_the_name() -> None:
-    assert EncoderSpec.of("tf_efficientnetv2_s.in21k_ft_in1k").mean == (0.5, 0.5, 0.5)
-    assert EncoderSpec.of("efficientnet_b0.ra_in1k").mean == (0.485, 0.456, 0.406)
+    assert own_preprocessing("tf_efficientnetv2_s.in21k_ft_in1k")["mean"] == [0.5, 0.5, 0.5]
+    assert own_preprocessing("efficientnet_b0.ra_in1k")["mean"] == [0.485, 0.456, 0.406]
 
 
 @pytest.mark.parametrize(

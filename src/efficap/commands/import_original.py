@@ -16,7 +16,7 @@ from efficap.commands.entry import CONF
 from efficap.commands.run_dir import write_run
 from efficap.errors import InputError
 from efficap.models.build import build_model
-from efficap.models.encoder import EncoderSpec
+from efficap.models.encoder import own_preprocessing
 from efficap.models.pretrained.hdf5 import read_hdf5
 from efficap.models.pretrained.keras_efficientnet import efficientnet_state_dict, mean_and_std
 from efficap.models.pretrained.original import bridge_state_dict, decoder_state_dict, variables
@@ -127,8 +127,6 @@ def _model(
 ) -> dict[str, Any]:
     """The model's configuration: all that conf/model has, and this model's own."""
     sizes = settings["hparams"]
-    spec = EncoderSpec.of(architecture)
-    own = {"mean": list(spec.mean), "std": list(spec.std)} | mean_and_std(architecture)
     blocks = {key.split(".")[2] for key in weights if key.startswith("bridge.blocks.")}
     model: dict[str, Any] = _composed("small")["model"]
     return {
@@ -140,7 +138,8 @@ def _model(
             **model["encoder"],
             "name": architecture,
             "pretrained": False,
-            **own,
+            **own_preprocessing(architecture),
+            **mean_and_std(architecture),
             "interpolation": "bilinear",  # TensorFlow's own
             "crop_pct": 1.0,
         },

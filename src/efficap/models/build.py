@@ -7,7 +7,7 @@ from typing import Any
 
 from efficap.errors import InputError
 from efficap.models.captioner import CaptionModel
-from efficap.models.encoder import EncoderSpec
+from efficap.models.encoder import own_preprocessing
 from efficap.models.pretrained.gpt2 import GPT2_SIZES, MAX_PARAMETERS, gpt2_sizes, load_gpt2
 from efficap.models.weights import WEIGHTS_FILE, read_weights
 
@@ -28,11 +28,9 @@ def resolve_model(model: dict[str, Any]) -> dict[str, Any]:
             f"model.encoder.weights_file={encoder['weights_file']} is not read with model.encoder.pretrained=false; "
             "add model.encoder.pretrained=true, or leave it out"
         )
-    spec = EncoderSpec.of(encoder["name"])
-    for key in ("mean", "std", "interpolation", "crop_pct"):
-        if encoder[key] is None:
-            value = getattr(spec, key)
-            encoder[key] = list(value) if isinstance(value, tuple) else value
+    encoder |= {
+        key: value for key, value in own_preprocessing(encoder["name"]).items() if encoder[key] is None
+    }
     if decoder["pretrained"]:
         decoder |= gpt2_sizes(decoder["name"])
     if bridge["n_heads"] is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,40 +28,28 @@ OUTPUT_STRIDES = (32, 16, 8)
 _WAY_OUT = "model.encoder.weights_file=FILE takes a local copy, model.pretrained=false starts from nothing"
 
 
-@dataclass(frozen=True, slots=True)
-class EncoderSpec:
-    """What timm knows of an EfficientNet before it is built.
+def own_preprocessing(name: str) -> dict[str, Any]:
+    """How the pictures were made that timm's weights of an EfficientNet were trained on, as conf/model has it.
 
-    Attributes:
-        name: timm's name, with the tag of its weights where there is one.
-        mean, std: per channel, of pictures scaled to 0 … 1.
-        interpolation: how pictures are resized for these weights (``bicubic``, ``bilinear``).
-        crop_pct: the share of a resized picture's side that the central crop keeps.
+    Args:
+        name: timm's, with the tag of its weights where there is one.
+
+    Returns:
+        ``mean`` and ``std`` per channel, of pictures scaled to 0 … 1; ``interpolation``, by which pictures are resized;
+        and ``crop_pct``, the share of a resized picture's side that the central crop keeps.
+
+    Raises:
+        InputError: timm has no EfficientNet of that name or no weights of that tag; the nearest are named.
     """
-
-    name: str
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    interpolation: str
-    crop_pct: float
-
-    @classmethod
-    def of(cls, name: str) -> EncoderSpec:
-        """Look up `name` in timm's registry.
-
-        Raises:
-            InputError: timm has no EfficientNet of that name or no weights of that tag; the nearest are named.
-        """
-        _check_name(name)
-        pretrained_cfg = timm.get_pretrained_cfg(name)
-        assert pretrained_cfg is not None, name
-        return cls(
-            name=name,
-            mean=tuple(pretrained_cfg.mean),
-            std=tuple(pretrained_cfg.std),
-            interpolation=pretrained_cfg.interpolation,
-            crop_pct=pretrained_cfg.test_crop_pct or pretrained_cfg.crop_pct,
-        )
+    _check_name(name)
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    assert pretrained_cfg is not None, name
+    return {
+        "mean": list(pretrained_cfg.mean),
+        "std": list(pretrained_cfg.std),
+        "interpolation": pretrained_cfg.interpolation,
+        "crop_pct": pretrained_cfg.test_crop_pct or pretrained_cfg.crop_pct,
+    }
 
 
 def _check_name(name: str) -> None:
