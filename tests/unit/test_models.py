@@ -14,7 +14,7 @@ from efficap.batch import CaptionBatch
 from efficap.errors import InputError
 from efficap.models import linear
 from efficap.models.bridge import Bridge, interpolated, projected
-from efficap.models.build import build_model
+from efficap.models.build import build_model, load_first_weights
 from efficap.models.cache import DecodingCache
 from efficap.models.captioner import CaptionModel
 from efficap.models.encoder import own_preprocessing
@@ -260,6 +260,24 @@ def test_a_frozen_encoder_keeps_its_statistics_and_gets_no_gradients() -> None:
     assert all(torch.equal(before[key], value) for key, value in captioner.encoder.state_dict().items())
     assert all(parameter.grad is None for parameter in captioner.encoder.parameters())
     assert captioner.bridge.project.weight.grad is not None
+
+
+@pytest.mark.parametrize("name", ["efficientnet_b0", "efficientnet_b0_gn", "mnasnet_small"])
+def test_residual_blocks_that_start_from_nothing_pass_on_their_input_and_learn(name: str) -> None:
+    model = tiny_model()
+    model["encoder"]["name"] = name
+    captioner = build_model(model, VOCAB)
+    load_first_weights(captioner, model)
+    blocks = [block for block in captioner.encoder.modules() if getattr(block, "has_skip", False)]
+    seen = []
+    for block in blocks:
+        block.register_forward_hook(lambda _, inputs, output: seen.append(torch.equal(inputs[0], output)))
+    (captioner.encoder(random_images(2)) ** 2).mean().backward()
+    assert len(seen) == len(blocks) > 0
+    assert all(seen)
+    for block in blocks:
+        scales = [weight.grad for key, weight in block.named_parameters() if key.startswith("bn")]
+        assert any(gradient is not None and gradient.any() for gradient in scales)
 
 
 def test_the_encoder_normalises_with_the_mean_and_std_it_was_given() -> None:

@@ -29,7 +29,7 @@ from efficap.data.pictures import Picture, PictureError
 from efficap.data.table import read_table
 from efficap.errors import InputError
 from efficap.evaluation.gallery import load_picture
-from efficap.models.build import build_model, load_model, load_pretrained_parts
+from efficap.models.build import build_model, load_first_weights, load_model
 from efficap.models.weights import save_weights
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.callbacks import BestCheckpoint
@@ -57,7 +57,7 @@ def bomb() -> str:
 
 def load_encoder(file: Path) -> None:
     model = tiny_model(encoder__pretrained=True, encoder__weights_file=str(file))
-    load_pretrained_parts(build_model(model, 97), model)
+    load_first_weights(build_model(model, 97), model)
 
 
 @pytest.mark.parametrize("write", [torch.save, lambda value, file: file.write_bytes(pickle.dumps(value, 2))])

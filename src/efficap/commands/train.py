@@ -35,7 +35,7 @@ from efficap.decoding import build_decoding
 from efficap.errors import InputError
 from efficap.evaluation.scores import check_java
 from efficap.launch import launch
-from efficap.models.build import build_model, load_pretrained_parts, preprocessing
+from efficap.models.build import build_model, load_first_weights, preprocessing
 from efficap.models.captioner import CaptionModel
 from efficap.ranks import first_alone, from_first, is_first, join, leave, losses_named, world_size
 from efficap.tokenizer import CaptionTokenizer
@@ -194,7 +194,7 @@ def _load(
         load_from(init_from, captioner, tokenizer)
     else:
         with first_alone("download the weights"):
-            load_pretrained_parts(captioner, cfg["model"])
+            load_first_weights(captioner, cfg["model"])
     if world_size() > 1 and choose_device(cfg["trainer"]["accelerator"]).type == "cuda":
         captioner.encoder.share_statistics()
     if cfg["gradient_checkpointing"]:

@@ -91,8 +91,8 @@ def _sizes(model: dict[str, Any]) -> str:
     )
 
 
-def load_pretrained_parts(captioner: CaptionModel, model: dict[str, Any]) -> None:
-    """Load the pretrained weights that a resolved model configuration asks for.
+def load_first_weights(captioner: CaptionModel, model: dict[str, Any]) -> None:
+    """Let a fresh captioner begin with the pretrained weights that its resolved configuration asks for.
 
     Raises:
         InputError: they cannot be had or do not fit; the message says how to do without.
@@ -101,6 +101,8 @@ def load_pretrained_parts(captioner: CaptionModel, model: dict[str, Any]) -> Non
         load_gpt2(captioner.decoder, model["decoder"]["name"])
     if model["encoder"]["pretrained"]:
         captioner.encoder.load_pretrained(model["encoder"]["name"], model["encoder"]["weights_file"])
+    else:
+        captioner.encoder.silence_residuals()
 
 
 def load_model(run_dir: Path, model: dict[str, Any], vocab_size: int) -> CaptionModel:
