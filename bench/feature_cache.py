@@ -1,13 +1,13 @@
 """An epoch of training with a frozen encoder, its features cached and not.
 
-    python bench/feature_cache.py [--image-size 224] [--captions 5] [--layers 4] [--width 256] [--pictures 512]
-        [--rounds 5] [--short] [--table FILE --image-dir DIR]
+    python bench/feature_cache.py [--model tiny] [--image-size 224] [--captions 1,5] [--pictures 512] [--rounds 5]
+        [--short] [--table FILE --image-dir DIR]
 
-efficientnet_b0, one block between it and the decoder, 4,096 words, batches of 32 pictures; pictures of 640 x 480
+efficientnet_b0 before tiny's or mini's bridge and decoder, 4,096 words, batches of 32 pictures; pictures of 640 x 480
 written by itself unless a table is given. Random weights: they take the same time. Both take an epoch in turn; the
 ratio is the median over rounds of two times within one round. Encoding the pictures for the cache, which happens once,
 is timed apart. What is saved grows with the pictures' size, what remains with the captions and the decoder. The last
-line is one JSON object.
+line is one JSON object, with `k1_epoch_ratio` for one caption of a picture, and so on.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ from efficap.commands.entry import CONF, plain, tune_process
 
 BATCH, WORDS = 32, 4096
 ENCODER = "efficientnet_b0"
-MODEL = (
-    "model=tiny",
-    f"model.encoder.name={ENCODER}",
-    "model.encoder.frozen=true",
-)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -43,30 +38,57 @@ def main(arguments: Sequence[str] | None = None) -> int:
         table, image_dir = options.table, options.image_dir
         if table is None:
             table, image_dir = _write(Path(name), options)
-        whole = _Training(options, table, image_dir, None)
-        begin = time.perf_counter()
-        cached = _Training(options, table, image_dir, Path(name) / "features")
-        _say(f"prepared and filled in {time.perf_counter() - begin:.1f} s")
-        rounds = []
-        for training in (whole, cached):
-            training.epoch(0)  # warm-up: page cache, allocator
-        for number in range(options.rounds):
-            pair = [whole, cached] if number % 2 == 0 else [cached, whole]
-            seconds = {training: training.epoch(number + 1) for training in pair}
-            rounds.append((seconds[whole], seconds[cached]))
-            _say(
-                f"round {number + 1}: {seconds[whole]:.2f} s without, {seconds[cached]:.2f} s with the cache"
-            )
-    _report(options, rounds, whole.pictures, cached.filling)
+        result = {"model": options.model, "image_size": options.image_size}
+        for captions in map(int, options.captions.split(",")):
+            features = Path(name) / f"features-{captions}"
+            result |= _race(options, captions, table, image_dir, features)
+    print(json.dumps(result))
     return 0
+
+
+def _race(
+    options: argparse.Namespace, captions: int, table: str, image_dir: str, features: Path
+) -> dict[str, float]:
+    """Both in turn, with so many captions of a picture: times are printed, and returned by name."""
+    whole = _Training(options, captions, table, image_dir, None)
+    cached = _Training(options, captions, table, image_dir, features)
+    rounds = []
+    for training in (whole, cached):
+        training.epoch(0)  # warm-up: page cache, allocator
+    for number in range(options.rounds):
+        pair = [whole, cached] if number % 2 == 0 else [cached, whole]
+        seconds = {training: training.epoch(number + 1) for training in pair}
+        rounds.append((seconds[whole], seconds[cached]))
+        _say(f"round {number + 1}: {seconds[whole]:.2f} s without, {seconds[cached]:.2f} s with the cache")
+    ratios = [without / with_cache for without, with_cache in rounds]
+    without, with_cache = (statistics.median(column) for column in zip(*rounds, strict=True))
+    ratio = statistics.median(ratios)
+    print(
+        f"{whole.pictures:,} pictures of {options.image_size} pixels, {captions} captions each; {ENCODER}, frozen, "
+        f"in model={options.model}"
+    )
+    print(f"epoch without the cache  {without:8.2f} s")
+    print(f"epoch with the cache     {with_cache:8.2f} s")
+    print(f"ratio                    {ratio:8.2f}    least {min(ratios):.2f}, most {max(ratios):.2f}")
+    print(f"filling it, once         {cached.filling:8.2f} s")
+    seen = {
+        "epoch_s": without,
+        "epoch_cached_s": with_cache,
+        "epoch_ratio": ratio,
+        "filling_s": cached.filling,
+    }
+    return {f"k{captions}_{name}": round(value, 3) for name, value in seen.items()}
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument(
+        "--model", default="tiny", choices=["tiny", "mini"], help="whose bridge and decoder (default: tiny)"
+    )
     parser.add_argument("--image-size", type=int, default=224, metavar="S", help="pixels (default: 224)")
-    parser.add_argument("--captions", type=int, default=5, metavar="K", help="of a picture (default: 5)")
-    parser.add_argument("--layers", type=int, default=4, metavar="L", help="of the decoder (default: 4)")
-    parser.add_argument("--width", type=int, default=256, metavar="D", help="of it, in 64s (default: 256)")
+    parser.add_argument(
+        "--captions", default="1,5", metavar="K", help="of a picture (default: 1,5, one after the other)"
+    )
     parser.add_argument("--pictures", type=int, default=512, metavar="N", help="to write (default: 512)")
     parser.add_argument("--rounds", type=int, default=5, metavar="R", help="(default: 5)")
     parser.add_argument("--table", metavar="FILE", help="a table, in place of pictures written here")
@@ -100,7 +122,7 @@ class _Training:
     """
 
     def __init__(
-        self, options: argparse.Namespace, table: str, image_dir: str, features: Path | None
+        self, options: argparse.Namespace, captions: int, table: str, image_dir: str, features: Path | None
     ) -> None:
         import torch
         from hydra.utils import instantiate
@@ -109,7 +131,7 @@ class _Training:
         from efficap.tokenizer import CaptionTokenizer
         from efficap.training.feature_cache import cache_features
 
-        cfg = _compose(options, table, image_dir, features)
+        cfg = _compose(options, captions, table, image_dir, features)
         model = resolve_model(cfg["model"])
         self.data = instantiate(cfg["data"])
         tokenizer = CaptionTokenizer.learn(self.data.training_captions(), WORDS)
@@ -150,12 +172,14 @@ class _Training:
 
 
 def _compose(
-    options: argparse.Namespace, table: str, image_dir: str, features: Path | None
+    options: argparse.Namespace, captions: int, table: str, image_dir: str, features: Path | None
 ) -> dict[str, Any]:
     import hydra
 
     overrides = [
-        *MODEL,
+        f"model={options.model}",
+        f"model.encoder.name={ENCODER}",
+        "model.encoder.frozen=true",
         "name=bench",
         "output_dir=unused",
         "data=csv",
@@ -163,45 +187,13 @@ def _compose(
         f"data.image_dir={image_dir}",
         f"data.batch_size={BATCH}",
         f"model.image_size={options.image_size}",
-        f"model.decoder.n_layer={options.layers}",
-        f"model.decoder.n_embd={options.width}",
-        f"model.decoder.n_head={options.width // 64}",
-        f"data.captions_per_image={options.captions}",
+        f"data.captions_per_image={captions}",
         "data.check_images=false",
         f"data.feature_cache={'false' if features is None else 'true'}",
         f"data.feature_cache_dir={features or 'null'}",
     ]
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         return plain(hydra.compose("train", overrides=overrides))
-
-
-def _report(
-    options: argparse.Namespace, rounds: list[tuple[float, float]], pictures: int, filling: float
-) -> None:
-    ratios = [whole / cached for whole, cached in rounds]
-    without, cached = (statistics.median(column) for column in zip(*rounds, strict=True))
-    ratio = statistics.median(ratios)
-    print(
-        f"{pictures:,} pictures of {options.image_size} pixels, {options.captions} captions each; {ENCODER}, frozen; "
-        f"decoder of {options.layers} layers, {options.width} wide"
-    )
-    print(f"epoch without the cache  {without:8.2f} s")
-    print(f"epoch with the cache     {cached:8.2f} s")
-    print(f"ratio                    {ratio:8.2f}    least {min(ratios):.2f}, most {max(ratios):.2f}")
-    print(f"filling it, once         {filling:8.2f} s")
-    result = {
-        "pictures": pictures,
-        "image_size": options.image_size,
-        "captions": options.captions,
-        "layers": options.layers,
-        "width": options.width,
-        "rounds": len(rounds),
-        "epoch_s": round(without, 3),
-        "epoch_cached_s": round(cached, 3),
-        "epoch_ratio": round(ratio, 3),
-        "filling_s": round(filling, 3),
-    }
-    print(json.dumps(result))
 
 
 def _say(line: str) -> None:
