@@ -60,6 +60,8 @@ def _race(
         seconds = {training: training.epoch(number + 1) for training in pair}
         rounds.append((seconds[whole], seconds[cached]))
         _say(f"round {number + 1}: {seconds[whole]:.2f} s without, {seconds[cached]:.2f} s with the cache")
+    for training in (whole, cached):
+        training.data.end()
     ratios = [without / with_cache for without, with_cache in rounds]
     without, with_cache = (statistics.median(column) for column in zip(*rounds, strict=True))
     ratio = statistics.median(ratios)

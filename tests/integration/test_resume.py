@@ -563,6 +563,7 @@ def test_the_same_command_again_goes_on_by_itself(
     assert "finished already" in capsys.readouterr().out
     other = train(compose("train", *tiny_overrides(folder, tmp_path / "fourth"), *command, "seed=1"))
     assert other == tmp_path / "fourth", "another seed is another training"
+    assert f"no training of these settings in {tmp_path}; a new one begins" in capsys.readouterr().out
 
 
 def test_a_run_that_was_gone_on_with_in_less_memory_is_found_by_the_command_that_began_it(
@@ -603,6 +604,10 @@ def test_runs_of_a_folder_that_is_not_in_ascii_are_told_to_be_of_one_training(
     found = same_run({**cfgs[1], "resume": "auto"})
     assert found is not None
     assert found.path == tmp_path / "größe/first"
+    moved = found.path.rename(tmp_path / "größe/moved")
+    second = f"output_dir='{tmp_path}/größe/second'"
+    settings, _, _ = resolved_settings(compose("train", *data, "logger=wandb", second, "resume=auto"))
+    assert settings["logger"]["save_dir"] == settings["output_dir"] == str(moved)
 
 
 def test_a_run_takes_callbacks_and_another_logger_that_it_had_not(undisturbed: Path) -> None:

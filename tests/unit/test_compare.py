@@ -26,7 +26,7 @@ from efficap.evaluation.bootstrap import interval, p_value, resample
 from efficap.evaluation.compare.__main__ import main
 from efficap.evaluation.compare.comparison import compare_runs
 from efficap.evaluation.compare.differing import differing_pictures
-from efficap.evaluation.compare.groups import group_runs
+from efficap.evaluation.compare.groups import group_runs, without_data
 from efficap.evaluation.compare.jobs import read_jobs
 from efficap.evaluation.compare.plots import spent_at
 from efficap.evaluation.compare.runs import find_runs, read_run
@@ -262,6 +262,28 @@ def test_a_run_without_scores_is_listed_and_not_averaged(
         if "n\\_embd=64 |" in line
     ]
     assert rows[0].split(" | ")[2] == "2", "seeds"
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "model"),
+    [
+        ("small-csv", {"_target_": "efficap.data.csv.CSVDataModule", "table": "captions.csv"}, "small"),
+        (
+            "small-coco",
+            {"_target_": "efficap.data.csv.CSVDataModule", "table": "/a/coco/captions.parquet"},
+            "small",
+        ),
+        ("small-cc12m", {"_target_": "efficap.data.webdataset.W", "shards": "data/cc12m/train"}, "small"),
+        (
+            "coco-csv",
+            {"_target_": "efficap.data.csv.CSVDataModule", "table": "data/coco/captions.csv"},
+            "coco",
+        ),
+        ("mine", {"_target_": "my.Data"}, "mine"),
+    ],
+)
+def test_a_models_name_is_its_runs_without_its_data(name: str, data: dict[str, Any], model: str) -> None:
+    assert without_data(name, data) == model
 
 
 def test_runs_are_one_model_whatever_seed_and_folder_and_named_by_what_differs(tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_job_whose_process_was_gone_before_it_could_write_is_begun(begin: Begi
     folder.mkdir()
     (folder / "job.json").touch()
     assert [job.state for job in read_jobs(tmp_path)] == ["not started"]
-    with pytest.raises(InputError, match="is another job's already"), recorded(folder):
+    with pytest.raises(InputError, match="another process begins this job"), recorded(folder):
         pytest.fail("it began, and another was about to write its record")
     long_ago = time.time() - 3600
     os.utime(folder / "job.json", (long_ago, long_ago))

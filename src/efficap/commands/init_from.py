@@ -11,7 +11,7 @@ from rich.table import Table
 from efficap.commands.run_dir import RunDirectory
 from efficap.commands.said import is_said, said_settings
 from efficap.errors import InputError
-from efficap.evaluation.compare.groups import data_choice
+from efficap.evaluation.compare.groups import without_data
 from efficap.models.build import output_stride
 from efficap.models.captioner import CaptionModel
 from efficap.models.transfer import Transfer, transfer_weights
@@ -37,7 +37,7 @@ def model_name(choice: str, init_from: str) -> str:
         config = RunDirectory(init_from, "init_from").config
     except InputError:
         return choice  # the training tells
-    return str(config["name"]).removesuffix(f"-{data_choice(config['data'])}")
+    return without_data(str(config["name"]), config["data"])
 
 
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:

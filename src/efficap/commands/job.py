@@ -77,16 +77,20 @@ def _is_done(folder: Path, job: dict[str, Any]) -> bool:
         return False
     except FileExistsError:
         text = file.read_text()
-    if not text and time.time() - file.stat().st_mtime > _IN_WRITING:
+    if not text:
+        if time.time() - file.stat().st_mtime <= _IN_WRITING:
+            raise InputError(
+                f"{file} is empty: another process begins this job, or was ended as it did; give the same command "
+                "again in a minute"
+            )
         _write(folder, job)
         return False
     try:
-        earlier = json.loads(text) if text else {"overrides": None}  # the other one is just about to write it
+        earlier = json.loads(text)
     except ValueError as error:
         raise InputError(f"{file} is damaged; remove it") from error
-    theirs = earlier["overrides"]
     # in any order, as the folder's name has them
-    if theirs is None or sorted(theirs) != sorted(job["overrides"]):
+    if sorted(earlier["overrides"]) != sorted(job["overrides"]):
         raise InputError(
             f"{folder} is another job's already; hydra.sweep.dir=DIR gives this sweep a folder of its own, and "
             "hydra.sweep.subdir, left as it is, each job"

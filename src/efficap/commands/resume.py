@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,39 +122,55 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
             (`check_saved_parts`).
     """
     settings = {**cfg, **run.config, "resume": str(run.path), "output_dir": str(run.path)}
-    is_named = cfg["resume"] not in (None, "auto")
-    if not is_named:  # the run's settings are those of the command line, but for what is not compared
-        own = cfg if "gradient_checkpointing" in said_settings(cfg) else settings
-        return {**settings, "gradient_checkpointing": own["gradient_checkpointing"]}
-    said, of_parts = said_settings(cfg), _of_parts(run.config)
+    said = said_settings(cfg)
+    if cfg["resume"] not in (None, "auto"):
+        settings |= _said_beside(run, cfg, said)
+        check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
+    elif "gradient_checkpointing" in said:  # all else that is compared is the same
+        settings["gradient_checkpointing"] = cfg["gradient_checkpointing"]
+    if isinstance(settings["logger"], dict):
+        settings["logger"] = _at_home(settings["logger"], run, cfg, said)
+    return settings
+
+
+def _said_beside(run: RunDirectory, cfg: dict[str, Any], said: Mapping[str, str]) -> dict[str, Any]:
+    """Of the run's settings, by their first names, those that what was said changes."""
+    changed: dict[str, Any] = {}
+    own, of_parts = {**cfg, **run.config}, _of_parts(run.config)
     for key, override in said.items():
         if key.endswith("._target_") and _at(run.config, key) == _at(cfg, key) is not None:
             continue  # said once more, for a run's own code is not imported
-        is_of_all = key.startswith(_MAY_CHANGE) and not (settings["stages"] and is_of_stages(key))
+        is_of_all = key.startswith(_MAY_CHANGE) and not (own["stages"] and is_of_stages(key))
         if not is_of_all and key not in of_parts:
             name, value = key.rpartition(".")[2], override.partition("=")[2]
-            there = [f"++{own}={value}" for own in of_parts if own.endswith(f".{name}")]
+            there = [f"++{part}={value}" for part in of_parts if part.endswith(f".{name}")]
             raise InputError(
                 f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
                 f"with init_from={cfg['resume']}{'; here it is ' if there else ''}{', '.join(there)}"
             )
         group, _, rest = key.partition(".")
         if rest:
-            settings[group] = _changed(settings[group], cfg[group], rest.split("."))
+            changed[group] = _changed(changed.get(group, own[group]), cfg[group], rest.split("."))
         elif group != "resume":
-            settings[group] = cfg[group]
-    if isinstance(settings["logger"], dict):
-        settings["logger"] = {**settings["logger"], **_own_place(run, settings["logger"], said)}
-    check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
-    return settings
+            changed[group] = cfg[group]
+    return changed
 
 
-def _own_place(run: RunDirectory, logger: dict[str, Any], said: Collection[str]) -> dict[str, Any]:
-    """What of a logger's settings says whose it is: the run may have been moved, or its logger be a new one."""
-    own = {"save_dir": str(run.path)}
-    if "logger" in said:
+def _at_home(
+    logger: dict[str, Any], run: RunDirectory, cfg: dict[str, Any], said: Collection[str]
+) -> dict[str, Any]:
+    """A logger's settings at the run's own place and name, in place of a new run's or of one that was moved since.
+
+    Another place is the user's, if the command names it; where a saved configuration alone does, nothing is written.
+    """
+    folders, names = (run.config["output_dir"], cfg["output_dir"]), (run.config["name"], cfg["name"])
+    is_users = cfg["resume"] in (None, "auto") or not {"logger", "logger.save_dir"}.isdisjoint(said)
+    own = {}
+    if "save_dir" in logger and (not is_users or logger["save_dir"] in folders):
+        own["save_dir"] = str(run.path)
+    if logger.get("name") in names:
         own["name"] = run.config["name"]
-    return {key: value for key, value in own.items() if key in logger and f"logger.{key}" not in said}
+    return {**logger, **own}
 
 
 def _of_parts(config: dict[str, Any]) -> list[str]:

@@ -139,6 +139,8 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         check_writable(run_dir, copied if resumed else FOR_SWEEPS if is_sweep_job() else FOR_RUNS)
         check_java()
         say_if_slow(cfg["trainer"])
+        if cfg["resume"] == "auto":  # else it is the run that was found
+            print(f"resume=auto: no training of these settings in {run_dir.parent}; a new one begins")
     decoding = build_decoding(cfg["decoding"])
     for name, settings in stages.items():
         with naming(name):

@@ -101,7 +101,7 @@ def load_first_weights(captioner: CaptionModel, model: dict[str, Any]) -> None:
         load_gpt2(captioner.decoder, model["decoder"]["name"])
     if model["encoder"]["pretrained"]:
         captioner.encoder.load_pretrained(model["encoder"]["name"], model["encoder"]["weights_file"])
-    else:
+    elif not model["encoder"]["frozen"]:
         captioner.encoder.silence_residuals()
 
 

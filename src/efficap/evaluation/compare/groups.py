@@ -84,10 +84,10 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         taken[name + suffix] += 1
         if (number := taken[name + suffix]) > 1:
             suffix += f" ({number})"
-        choice, shown = _data(own[0].config["data"])
-        model = name.removesuffix(f"-{choice}") + suffix
+        data = own[0].config["data"]
+        model = without_data(name, data) + suffix
         seeded = sorted(own, key=lambda run: (run.seed is None, run.seed, run.path))
-        groups.append(Group(name + suffix, model, shown, seeded))
+        groups.append(Group(name + suffix, model, _data(data)[1], seeded))
     return groups
 
 
@@ -124,15 +124,17 @@ def _differences(settings: dict[str, str], namesakes: Sequence[dict[str, str]]) 
     return "".join(f" {part}" for part in parts[:_NAMED]) + (" …" if len(parts) > _NAMED else "")
 
 
-def data_choice(settings: dict[str, Any]) -> str:
-    """What was chosen as ``data``, such as ``csv``, of its settings; ``?`` where that is a class of the user's own."""
-    parts = str(settings.get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
-    return parts[2] if len(parts) > 3 else "?"
+def without_data(name: str, data: dict[str, Any]) -> str:
+    """A run's name without its data: ``small`` of ``small-csv``, and of ``small-coco`` with a table in ``coco/``."""
+    choice, shown = _data(data)
+    ends = (f"-{choice}", f"-{shown.partition('/')[0]}")
+    return next((name.removesuffix(end) for end in ends if name.endswith(end)), name)
 
 
 def _data(settings: dict[str, Any]) -> tuple[str, str]:
-    """The choice of a data set, as ``csv``, and words for it, as ``flickr8k/captions.csv``."""
-    choice = data_choice(settings)
+    """The kind of a data set, as ``csv``, ``?`` for a user's own class, and words, as ``flickr8k/captions.csv``."""
+    parts = str(settings.get("_target_", "")).split(".")  # efficap.data.csv.CSVDataModule
+    choice = parts[2] if len(parts) > 3 else "?"
     if "sources" in settings:
         return choice, " + ".join(_data(source)[1] for source in settings["sources"].values())
     place = settings.get("shards") or settings.get("table")
