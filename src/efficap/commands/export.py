@@ -23,7 +23,7 @@ from efficap.models.pretrained.onnx_runtime import OnnxCaptioner, require_packag
 from efficap.tokenizer import CaptionTokenizer
 
 
-def export(run: str, out: Path, *, format: str, int8: bool = False, images: str | None = None) -> None:
+def export(run: str | Path, out: Path, *, format: str, int8: bool = False, images: str | None = None) -> None:
     """Write the weights of a run for other programs, and print what was checked.
 
     Args:

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add(
         "path",
+        type=lambda text: str(path_argument(text)),  # it may be a pattern of shards
         metavar="PATH",
         help="a table (CSV, TSV, Parquet, JSON, Flickr's tokens), or shards: a folder of tars, a tar, a/{000..331}.tar",
     )

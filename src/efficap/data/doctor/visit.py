@@ -35,7 +35,7 @@ def visit(options: argparse.Namespace) -> bool:
         InputError: an option that cannot be, or data that cannot be looked through at all.
     """
     _check(options)
-    path, console = Path(options.path).expanduser(), Console()
+    path, console = Path(options.path), Console()
     tars = find_shards(options.path, "PATH") if _means_shards(options.path) else []
     seen = _examine_tars(tars, options) if tars else _examine_table(path, options)
     comparison = compare(seen)
@@ -67,9 +67,9 @@ def _check(options: argparse.Namespace) -> None:
 
 
 def _means_shards(path: str) -> bool:
-    if Path(path).expanduser().is_file():
+    if Path(path).is_file():
         return path.lower().endswith(".tar")
-    return Path(path).expanduser().is_dir() or "{" in path or glob.has_magic(path) or path.endswith(".tar")
+    return Path(path).is_dir() or "{" in path or glob.has_magic(path) or path.endswith(".tar")
 
 
 def _limits(options: argparse.Namespace) -> tuple[CaptionLimit, int]:
@@ -117,6 +117,6 @@ def _what_next(options: argparse.Namespace, diagnosis: Diagnosis, out: Path) -> 
         command = f"{training_command('webdataset', shards=options.path, **index_dir)} data.val_shards=…"
     else:
         lines += [f"Pictures that training leaves out: {file}" for file in diagnosis.files]
-        table = Path(options.path).expanduser()
+        table = Path(options.path)
         command = training_command("csv", table=table, image_dir=_image_dir(table, options))
     return [*lines, f"Report: {out / 'report.html'}", f"Train: {command}"]

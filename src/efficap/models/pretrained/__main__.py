@@ -42,7 +42,13 @@ def _add_export(commands: Any) -> None:
         description="Writes a run's weights for other programs. The result is tried on 16 pictures first; where it "
         "does not say what the run says, nothing is written.",
     )
-    parser.add_argument("--run", required=True, metavar="RUN", help="a run directory, such as outputs/latest")
+    parser.add_argument(
+        "--run",
+        type=path_argument,
+        required=True,
+        metavar="RUN",
+        help="a run directory, such as outputs/latest",
+    )
     parser.add_argument(
         "--format",
         required=True,
