@@ -52,7 +52,7 @@ MISTAKES = {
     "data=demo data.root=/dev/null/demo": (
         r"error: data.root=/dev/null/demo cannot be written: .*; data.root=DIR names another"
     ),
-    "data=cvs": r"error: data=cvs is not known; nearest: csv; there are csv, demo, mix, webdataset$",
+    "data=cvs": r"error: data=cvs is not known; nearest: csv; there are coco, csv, demo, mix, webdataset$",
     "data.table=none.csv": r"error: data.table=.*none.csv does not exist",
     "data.caption_column=text": r"error: data.table=.* has no column 'text', only 'file_name', 'caption', 'split'",
     "data.val_split=dev": r"error: data.val_split=dev: .* has no picture in that split; it has train \(8 pictures\)",
@@ -270,7 +270,7 @@ DECODINGS = "decoding: beam, constrained, diverse, greedy, nucleus"
             "train",
             [
                 "model: large, medium, mini, small, tiny, xl",
-                "data: csv, demo, mix, webdataset",
+                "data: coco, csv, demo, mix, webdataset",
                 "training: cross_entropy, scst",
                 "optimizer: adamw, muon",
                 DECODINGS,
