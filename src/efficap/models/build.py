@@ -94,6 +94,8 @@ def _sizes(model: dict[str, Any]) -> str:
 def load_first_weights(captioner: CaptionModel, model: dict[str, Any]) -> None:
     """Let a fresh captioner begin with the pretrained weights that its resolved configuration asks for.
 
+    An encoder that is to learn from nothing begins with silent residual branches.
+
     Raises:
         InputError: they cannot be had or do not fit; the message says how to do without.
     """
