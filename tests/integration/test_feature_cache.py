@@ -249,7 +249,7 @@ def test_a_picture_that_breaks_is_counted_once_and_left_out(colour_table: Path, 
 def test_too_many_bad_pictures_stop_the_filling(colour_table: Path) -> None:
     for picture in (colour_table / "images").glob("train_*"):
         picture.unlink()
-    with pytest.raises(InputError, match=r"missing 4\) of 16 samples cannot be used"):
+    with pytest.raises(InputError, match=r"missing 4\) of 12 samples cannot be used"):
         prepared(colour_table, *CACHED, "data.check_images=false", "data.max_bad_fraction=0.2")
 
 

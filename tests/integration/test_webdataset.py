@@ -715,7 +715,10 @@ def test_pictures_of_the_same_name_are_refused_in_validation_and_no_matter_in_tr
         InputError, match=r"data.val_shards: .*v.tar: a and .*v.tar: b are both called 7; scores"
     ):
         from_shards(tmp_path)
-    assert ids(from_shards(tmp_path, splits=("train",)).train_dataloader()) == ["7", "7"]
+    data = from_shards(tmp_path, splits=("train",))
+    assert ids(data.train_dataloader()) == ["7", "7"]
+    with pytest.raises(InputError, match=r"data.shards: .*t.tar: a and .*t.tar: b are both called 7; scores"):
+        data.evaluation_dataloader("train")
 
 
 @pytest.mark.parametrize(

@@ -82,6 +82,19 @@ def test_a_picture_with_two_values_is_refused(tmp_path: Path) -> None:
         read_attribute(file, tmp_path, "domain", "file_name")
 
 
+def test_a_list_is_no_value(tmp_path: Path) -> None:
+    rows = pd.DataFrame(
+        {"file_name": ["a.jpg"], "caption": ["x"], "split": ["val"], "tags": [["dog", "cat"]]}
+    )
+    rows.to_parquet(tmp_path / "captions.parquet")
+    write_json(tmp_path / "val.json", [{"image": "a.jpg", "caption": "x", "tags": ["dog", "cat"]}])
+    for name in ("captions.parquet", "val.json"):
+        with pytest.raises(
+            InputError, match=r"tags of a.jpg is a list or an object; by= takes what has one value"
+        ):
+            read_attribute(tmp_path / name, tmp_path, "tags", "file_name")
+
+
 def test_pictures_without_captions_make_a_batch() -> None:
     tokens, lengths = collate_captions([[], []], 9)
     assert tokens.shape == (2, 1, 1)

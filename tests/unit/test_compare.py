@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +25,7 @@ from pycocoevalcap.bleu.bleu import Bleu
 from wandb_files import finished_run
 
 from efficap.evaluation.bootstrap import interval, p_value, resample
+from efficap.evaluation.compare import plots
 from efficap.evaluation.compare.__main__ import main
 from efficap.evaluation.compare.comparison import compare_runs
 from efficap.evaluation.compare.differing import differing_pictures
@@ -392,6 +395,18 @@ def test_runs_that_decoded_differently_are_said_to_have(sweep: Path) -> None:
     assert any("not written in the same way" in note and "beam: max_tokens=12" in note for note in notes)
 
 
+def test_a_seed_that_is_repeated_counts_once_and_is_named(sweep: Path) -> None:
+    file = sweep / "1_small/config.yaml"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"seed": 1}))
+    standings = compare_runs([sweep], resamples=100, seed=0).standings[0]
+    cells = scores_cells(standings)
+    assert [row[cells.header.index("seeds")] for row in cells.rows] == ["1", "2"]
+    assert standings.notes == [
+        "small-csv decoder.n_embd=32: 2 runs of seed 1; its mean and ± are not over seeds alone",
+        "small-csv decoder.n_embd=64: 1 of 3 runs were not evaluated on test",
+    ]
+
+
 # --- what cannot be compared ---
 
 
@@ -592,6 +607,28 @@ def test_the_pictures_shown_are_those_that_differ_most(sweep: Path) -> None:
     turned = differing_pictures(standings, [gallery.second.name, gallery.first.name], 3)
     assert turned is not None
     assert turned.first is gallery.second
+
+
+def test_a_model_has_its_colour_in_both_plots_though_another_has_no_scores(
+    sweep: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for job in (0, 1):
+        shutil.rmtree(sweep / f"{job}_small/eval")
+    comparison = compare_runs([sweep], resamples=100, seed=0)
+    drawn: list[dict[str, str]] = []
+
+    def keep(_: object, axes: list[list[Any]], __: object) -> None:
+        labelled = [panel.get_legend_handles_labels() for panel in itertools.chain.from_iterable(axes)]
+        pairs = [pair for handles, labels in labelled for pair in zip(labels, handles, strict=True)]
+        drawn.append({name: getattr(handle, "lines", [handle])[0].get_color() for name, handle in pairs})
+
+    monkeypatch.setattr(plots, "_finish", keep)
+    plots.plot_learning(comparison.groups, sweep / "a.png")
+    plots.plot_costs(comparison.groups, comparison.standings, sweep / "b.png")
+    learning, costs = drawn
+    assert len(set(learning.values())) == 2
+    [name] = costs
+    assert costs[name] == learning[name]
 
 
 def test_learning_curves_go_over_pairs_and_time_as_they_were_logged(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from PIL import Image
 from efficap.data.csv import CSVDataModule
 from efficap.data.dataset import SharedRows
 from efficap.data.pictures import Picture, PictureError
-from efficap.data.table import read_table
+from efficap.data.table import EmptyCaption, read_table
 from efficap.data.transforms import EvaluationTransform, Resized, TrainingTransform
 from efficap.errors import InputError
 from efficap.tokenizer import CaptionTokenizer
@@ -153,6 +153,17 @@ def test_white_space_in_captions_is_collapsed(colour_table: Path) -> None:
     assert tables["train"].references == [["a red picture"]]
 
 
+def test_a_caption_is_empty_where_cleaning_leaves_nothing_and_is_else_left_to_who_reads_it(
+    colour_table: Path,
+) -> None:
+    rows = [
+        (f"train_{number}.jpg", text, "train") for number, text in enumerate(["&nbsp;", "\u200b", "&amp;lt;"])
+    ]
+    tables, empties = read_table(table_with(colour_table, rows), colour_table / "images", **COLUMNS)
+    assert tables["train"].references == [["&amp;lt;"]]
+    assert empties == [EmptyCaption("train_0.jpg", "train", 1), EmptyCaption("train_1.jpg", "train", 2)]
+
+
 def test_evaluation_follows_the_encoders_own_rule() -> None:
     """As torchvision does it with Pillow, whose own resampling is exact to one grey level."""
     image = noise(120, 90)
@@ -254,13 +265,33 @@ def test_missing_and_broken_pictures_stop_the_training_with_their_names(colour_t
     (images / "train_1.jpg").write_bytes(whole[: len(whole) // 2])
     (images / "train_2.jpg").write_text("<html>not found</html>")
     (images / "train_3.jpg").unlink()
-    with pytest.raises(InputError, match=r"3 \(.*\) of 16 samples cannot be used") as error:
+    with pytest.raises(InputError, match=r"3 \(.*\) of 12 samples cannot be used") as error:
         data_module(colour_table)
     message = str(error.value)
     assert "train_1.jpg (truncated" in message
     assert "train_2.jpg (no picture" in message
     assert "train_3.jpg (missing)" in message
     assert "train_0.jpg" not in message
+
+
+def test_what_cannot_be_used_is_counted_of_the_splits_in_use_alone(colour_table: Path) -> None:
+    table = pd.read_csv(colour_table / "captions.csv")
+    table.loc[table["split"] == "test", "caption"] = ""
+    table.loc[0, "caption"] = "&nbsp;"
+    table.to_csv(colour_table / "captions.csv", index=False)
+    data = data_module(colour_table, "data.max_bad_fraction=0.1")
+    assert data.bad_samples.counts == {"empty caption": 1}
+    assert data.bad_samples.total == 8 + 4 + 1
+    with pytest.raises(
+        InputError, match=r"data.test_split=test: .* has not one caption in that split; .*metrics=\[\]"
+    ):
+        data.split("test")
+    with pytest.raises(InputError, match=r"1 \(empty caption 1\) of 9 samples cannot be used"):
+        data_module(colour_table, "data.max_bad_fraction=0.1", splits=("train",))
+    (colour_table / "captions.quarantine.csv").write_text("image,reason\ntrain_0.jpg,truncated\n")
+    data = data_module(colour_table, splits=("train",))
+    assert not data.bad_samples
+    assert data.bad_samples.total == 7
 
 
 def test_pictures_that_break_in_mid_training_are_left_out_or_named(colour_table: Path) -> None:
@@ -314,7 +345,7 @@ def test_too_many_that_break_in_mid_training_stop_it(colour_table: Path) -> None
     data = data_module(colour_table, "data.max_bad_fraction=0.2", "data.num_workers=1")
     for picture in (colour_table / "images").glob("train_*"):
         picture.write_bytes(b"")
-    with pytest.raises(InputError, match=r"4 \(empty 4\) of 16 samples cannot be used, more than"):
+    with pytest.raises(InputError, match=r"4 \(empty 4\) of 12 samples cannot be used, more than"):
         list(data.train_dataloader())
 
 
@@ -397,6 +428,7 @@ def test_a_reference_stays_a_reference_where_the_training_split_is_evaluated(col
         ([("../x.jpg", "a", "train")], r"../x.jpg lies outside data.image_dir; data.allow_absolute=true"),
         ([("a/../../x.jpg", "a", "train")], r"x.jpg lies outside data.image_dir"),
         ([("/etc/x.jpg", "a", "train")], r"/etc/x.jpg lies outside data.image_dir"),
+        ([("..", "a", "train")], r"\.\. lies outside data.image_dir"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_refused(
@@ -404,6 +436,14 @@ def test_a_table_that_cannot_be_used_is_refused(
 ) -> None:
     with pytest.raises(InputError, match=message):
         read_table(table_with(colour_table, rows), colour_table / "images", **COLUMNS)
+
+
+@pytest.mark.parametrize("name", ["...and more.jpg", "..a/x.jpg"])
+def test_a_name_that_begins_with_dots_lies_in_the_folder(colour_table: Path, name: str) -> None:
+    tables, _ = read_table(
+        table_with(colour_table, [(name, "a", "train")]), colour_table / "images", **COLUMNS
+    )
+    assert tables["train"].image_ids == [name]
 
 
 def test_a_missing_column_names_those_that_there_are(colour_table: Path) -> None:

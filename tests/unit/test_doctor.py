@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import re
@@ -16,6 +17,7 @@ import pandas as pd
 import pytest
 from PIL import Image
 
+from efficap.data import pictures
 from efficap.data.doctor.__main__ import main
 from efficap.data.doctor.duplicates import CROWD, find_duplicates
 from efficap.data.doctor.fingerprint import LOOK
@@ -139,6 +141,39 @@ def test_a_clean_table_has_no_findings(tmp_path: Path, capsys: pytest.CaptureFix
     screen = capsys.readouterr().out
     assert "Nothing is wrong" in screen
     assert "Train: python train.py model=small data=csv data.table=" in screen
+    assert screen.endswith(f"data.image_dir={tmp_path}/images\n"), "and nothing that training has by itself"
+
+
+def test_the_way_to_train_has_the_tables_own_names(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = clean_table(tmp_path)
+    rows = pd.read_csv(table).set_axis(["picture", "text", "part"], axis="columns")
+    rows.replace({"part": {"train": "learn"}}).to_csv(table, index=False)
+    names = ["--image-column", "picture", "--caption-column", "text", "--split-column", "part"]
+    assert run(table, *names, "--train-split", "learn", "--allow-absolute") == 0
+    assert capsys.readouterr().out.endswith(
+        "data.image_column=picture data.caption_column=text data.split_column=part data.train_split=learn "
+        "data.allow_absolute=true\n"
+    )
+
+
+def test_a_picture_that_the_disk_does_not_give_today_is_reported_and_not_left_out_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = pictures.read_picture_file
+
+    def read(file: Path, *arguments: Any) -> bytes:
+        if file.name == "3.jpg":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return real(file, *arguments)
+
+    monkeypatch.setattr(pictures, "read_picture_file", read)
+    assert run(clean_table(tmp_path)) == 0
+    [finding] = report(tmp_path)["findings"]
+    assert finding["title"] == "pictures that cannot be read (no access)"
+    assert finding["names"] == ["3.jpg: no access: Stale file handle"]
+    assert not (tmp_path / "captions.quarantine.csv").exists()
 
 
 @pytest.fixture(scope="module")

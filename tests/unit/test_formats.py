@@ -136,6 +136,7 @@ def test_coco_annotations_take_split_and_folder_from_their_name(tmp_path: Path) 
         tmp_path / "captions_val2017.json", coco({5: "005.jpg", 7: "007.jpg", 9: "009.jpg"}, captions)
     )
     bare = [("007.jpg", "a dog\n", "val"), ("005.jpg", "a cat", "val"), ("007.jpg", "the dog", "val")]
+    bare += [("009.jpg", "", "val")]
     assert read(file, tmp_path) == bare
     text(tmp_path / "val2017" / "007.jpg", "")
     text(tmp_path / "005.jpg", "")
@@ -196,6 +197,16 @@ def test_the_list_form_of_karpathys_split(tmp_path: Path) -> None:
     one = [("val2014/a.jpg", "one", "train"), ("val2014/a.jpg", "two", "train")]
     assert read(files["train"]) == one
     assert read(files) == [*one, ("b.jpg", "three", "val"), ("b.jpg", "four", "val")]
+
+
+def test_a_picture_that_json_has_no_captions_of_keeps_a_row(tmp_path: Path) -> None:
+    listed = [{"image": "a.jpg", "caption": "a dog"}, {"image": "b.jpg", "caption": []}]
+    for file in (
+        dump(tmp_path / "captions_val.json", coco({2: "b.jpg", 1: "a.jpg"}, [(1, "a dog")])),
+        dump(tmp_path / "dataset.json", karpathy(a=("", "val", ["a dog"]), b=("", "val", []))),
+        dump(tmp_path / "val.json", listed),
+    ):
+        assert read(file) == [("a.jpg", "a dog", "val"), ("b.jpg", "", "val")]
 
 
 @pytest.mark.parametrize(

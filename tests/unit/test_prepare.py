@@ -39,7 +39,7 @@ def served(server: Server, name: str, members: Mapping[str, bytes | str]) -> Rem
 
 
 def karpathy_image(name: str, split: str, folder: str | None = None) -> dict[str, Any]:
-    sentences = [{"raw": f"A {name}."}, {"raw": f"The\n {name} "}, {"raw": " "}]
+    sentences = [{"raw": text} for text in (f"A {name}.", f"The\n {name} ", " ", "&nbsp;")]
     return {"filename": f"{name}.jpg", "split": split, "sentences": sentences} | (
         {"filepath": folder} if folder else {}
     )
@@ -145,6 +145,17 @@ def test_coco_takes_folders_beside_the_annotations(
     assert rows(prepare_coco(tmp_path, remotes=coco)) == COCO_ROWS
     assert f"data.image_dir={tmp_path}\n" in capsys.readouterr().out
     assert not (tmp_path / "images").exists()
+
+
+def test_coco_takes_one_folder_beside_the_annotations_and_has_the_other_there(
+    coco: dict[str, Remote], server: Server, tmp_path: Path
+) -> None:
+    for name in ("train2014", "images/train2014", "images/val2014"):  # empty ones: of a call that failed
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "train2014/a.jpg").touch()
+    assert rows(prepare_coco(tmp_path, remotes=coco)) == COCO_ROWS
+    assert not server.gets(coco["train2014"].name)
+    assert (tmp_path / "val2014/b.jpg").is_file()
 
 
 def test_cocos_own_split(coco: dict[str, Remote], tmp_path: Path) -> None:

@@ -238,7 +238,7 @@ def test_the_table_shows_scores_and_why_a_metric_failed():
     assert text.count("failed") == 4
     assert text.count("out of [red]memory") == 1  # once, and not read as markup
     assert re.search(r"seed +│ +7 ", text)
-    assert "reason" not in printed({"CIDEr": 0.6})
+    assert "reason" not in printed({"CIDEr": 0.6, "near/CIDEr": None, "near/CIDEr_error": "of one picture"})
 
 
 def test_a_sentence_without_spaces_is_broken_where_the_line_ends():

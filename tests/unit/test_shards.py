@@ -54,6 +54,7 @@ BAD: dict[str, tuple[list[Member], str]] = {
     "no caption": ([("bad.jpg", jpeg())], "no caption"),
     "an empty .txt": ([("bad.jpg", jpeg()), ("bad.txt", b" \n")], "empty caption"),
     "an empty .txt and json": (sample("bad", " "), "empty caption"),
+    "nothing but what cleaning takes away": (sample("bad", "&nbsp;\u200b"), "empty caption"),
     "no UTF-8": ([("bad.jpg", jpeg()), ("bad.txt", b"caf\xe9")], "no UTF-8"),
     "broken json": ([*sample("bad", "x")[:2], ("bad.json", b'{"caption": ')], "broken json"),
     "json that is no object": ([*sample("bad", "x")[:2], ("bad.json", b"[1]")], "broken json"),
@@ -485,7 +486,7 @@ def test_a_tar_that_cannot_be_read_fails_by_sample_and_the_others_are_read(
     reader = indexed(tars)
     tars[1].unlink()  # before it was opened
     assert reader.read(0).captions == ["the picture 0"]
-    with pytest.raises(SampleError, match=r"unreadable: .*No such file.*1.tar"):
+    with pytest.raises(SampleError, match=r"no access: .*No such file.*1.tar"):
         reader.read(1)
     assert reader.read(2).captions == ["the picture 2"]
 
@@ -494,7 +495,7 @@ def test_a_tar_that_cannot_be_read_fails_by_sample_and_the_others_are_read(
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "pread", broken)
-        with pytest.raises(SampleError, match=r"unreadable: .*Input/output error"):
+        with pytest.raises(SampleError, match=r"no access: .*Input/output error"):
             reader.read(0)
     assert reader.read(0).captions == ["the picture 0"]
 

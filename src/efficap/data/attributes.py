@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from efficap.data.coco import read_pictures
+from efficap.data.formats import read_text_columns
 from efficap.data.table import image_id_of
 from efficap.errors import InputError
 
@@ -28,12 +29,17 @@ def read_attribute(table: Table, image_dir: Path, name: str, image_column: str) 
         Image id -> the value as text, stripped; "" where there is none.
 
     Raises:
-        InputError: no such column or key, or two values for one picture.
+        InputError: no such column or key, a list in it, or two values for one picture.
     """
     values: dict[str, str] = {}
     for file in _files(table):
         for image_id, value in _pairs(file, image_dir, name, image_column):
-            text = "" if value is None else str(value).strip()
+            if not pd.api.types.is_scalar(value):
+                raise InputError(
+                    f"data.table={file}: {name} of {image_id} is a list or an object; by= takes what has one value for "
+                    "each picture"
+                )
+            text = "" if pd.isna(value) else str(value).strip()
             if values.setdefault(image_id, text) != text:
                 raise InputError(
                     f"data.table={file}: {image_id} has two values of {name}, {values[image_id]!r} and {text!r}; "
@@ -72,21 +78,9 @@ def _pairs(file: Path, image_dir: Path, name: str, image_column: str) -> list[tu
         return [(image_id_of(path), entry.get(name)) for path, entry in entries]
     if file.suffix.lower() not in (".csv", ".tsv", ".parquet"):
         raise InputError(f"{setting} has no columns, and so no {name!r}; CSV, TSV, Parquet and JSON have")
-    rows = _columns(file)
+    rows = pd.read_parquet(file) if file.suffix.lower() == ".parquet" else read_text_columns(file)
     if name not in rows:
         raise InputError(
             f"{setting} has no column {name!r}, only {', '.join(map(repr, map(str, rows.columns)))}"
         )
-    names = rows[image_column].astype(str)
-    values = [None if pd.isna(value) else value for value in rows[name]]
-    return list(zip(map(image_id_of, names), values, strict=True))
-
-
-def _columns(file: Path) -> pd.DataFrame:
-    """The table's columns, which `formats.read_rows` has read without complaint before."""
-    if file.suffix.lower() == ".parquet":
-        return pd.read_parquet(file)
-    separator = "\t" if file.suffix.lower() == ".tsv" else ","
-    return pd.read_csv(
-        file, sep=separator, dtype="str", keep_default_na=False, encoding="utf-8-sig", index_col=False
-    )
+    return list(zip(map(image_id_of, rows[image_column].astype(str)), rows[name], strict=True))

@@ -20,7 +20,7 @@ class BadSamples:
         max_bad_fraction: the share of all samples, 0 … 1, above which they are not left out but stop the training.
 
     Attributes:
-        total: samples that the data have, good and bad.
+        total: samples that the splits in use have, good and bad.
         counts: how many are bad, by reason.
 
     Raises:
@@ -57,12 +57,7 @@ class BadSamples:
         self._seen.add(name)
         self.counts[reason] += 1
         described = f"{name} ({reason}{': ' if detail else ''}{detail})"
-        if self.raises:
-            raise InputError(
-                f"{described}; mend or delete it, or leave such samples out: data.on_bad_sample=skip"
-            )
-        if len(self._named) < NAMED:
-            self._named.append(described)
+        self._name(described)
         if self.counts[reason] <= NAMED:
             _log.warning("left out: %s", described)
 
@@ -73,12 +68,16 @@ class BadSamples:
             InputError: ``raise`` was asked for.
         """
         self.counts.update(counts)
-        if self.raises and counts:
+        if counts:
+            self._name(example)
+
+    def _name(self, described: str) -> None:
+        if self.raises:
             raise InputError(
-                f"{example}; mend or delete it, or leave such samples out: data.on_bad_sample=skip"
+                f"{described}; mend or delete it, or leave such samples out: data.on_bad_sample=skip"
             )
-        if counts and len(self._named) < NAMED:
-            self._named.append(example)
+        if len(self._named) < NAMED:
+            self._named.append(described)
 
     def check(self) -> None:
         """Raises InputError where more than the allowed share of all samples is bad, with counts and names."""

@@ -41,7 +41,7 @@ def karpathy_variant(counts: Mapping[str, int]) -> str:
 
 
 def read_json(setting: str, file: Path, split: str | None, image_dir: Path) -> list[CaptionRow]:
-    """Read a JSON file of captions: a row for each, in the file's order; of a list of pictures one without a caption.
+    """Read a JSON file of captions: a row for each, in the file's order; of a picture without any, one that is empty.
 
     Args:
         setting: the setting that named the file, for messages: ``data.table=captions.json``.
@@ -51,7 +51,7 @@ def read_json(setting: str, file: Path, split: str | None, image_dir: Path) -> l
         image_dir: where a folder such as ``train2017`` may hold the pictures.
 
     Raises:
-        InputError: no JSON of a known kind, without captions, or with a split that cannot be told.
+        InputError: no JSON of a known kind, without pictures, or with a split that cannot be told.
     """
     content = _load(setting, file)
     try:
@@ -153,17 +153,16 @@ def _coco_pictures(content: dict[str, Any], file: Path, image_dir: Path) -> list
 
 
 def _coco_rows(content: dict[str, Any], file: Path, split: str, image_dir: Path) -> list[CaptionRow]:
-    pictures = _coco_pictures(content, file, image_dir)
-    if "annotations" not in content:
-        return [(path, "", split) for path, _ in pictures]
     paths: dict[Any, str] = {}
-    for path, image in pictures:
+    for path, image in _coco_pictures(content, file, image_dir):
         if (other := paths.setdefault(image["id"], path)) != path:
             raise InputError(f"data.table={file}: {other} and {path} have the same id, {image['id']}")
-    return [
+    rows = [
         (paths[annotation["image_id"]], _text(annotation["caption"]), split)
-        for annotation in content["annotations"]
+        for annotation in content.get("annotations", [])
     ]
+    captioned = {path for path, *_ in rows}
+    return rows + [(path, "", split) for path in paths.values() if path not in captioned]
 
 
 def _karpathy_pictures(images: list[dict[str, Any]], image_dir: Path) -> list[tuple[str, dict[str, Any]]]:
@@ -181,7 +180,8 @@ def _karpathy_rows(images: list[dict[str, Any]], image_dir: Path) -> list[Captio
     rows = []
     for path, image in _karpathy_pictures(images, image_dir):
         split = _split(_text(image["split"]))
-        rows += [(path, _text(sentence["raw"]), split) for sentence in image["sentences"]]
+        captions = [_text(sentence["raw"]) for sentence in image["sentences"]]
+        rows += [(path, caption, split) for caption in captions or [""]]
     return rows
 
 
@@ -193,7 +193,7 @@ def _list_rows(
     for entry in entries:
         captions = entry["caption"] if isinstance(entry["caption"], list) else [entry["caption"]]
         own = split or _split(_text(entry.get("split") or split_of_file()))
-        rows += [(_text(entry["image"]), _text(caption), own) for caption in captions]
+        rows += [(_text(entry["image"]), _text(caption), own) for caption in captions or [""]]
     return rows
 
 

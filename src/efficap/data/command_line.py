@@ -6,6 +6,9 @@ import re
 import shlex
 from pathlib import Path
 
+# As conf/data/csv.yaml names them.
+COLUMNS = {"image_column": "file_name", "caption_column": "caption", "split_column": "split"}
+
 
 def training_command(data: str, **values: Path | str) -> str:
     """Training by settings of the group ``data``, as the shell takes them and Hydra after it."""

@@ -21,7 +21,7 @@ from efficap.data.order import BatchOrder, EvaluationOrder, Shuffled
 from efficap.data.pictures import Picture, PictureError
 from efficap.data.pool import tracked
 from efficap.data.quarantine import own_quarantine, read_quarantine
-from efficap.data.table import CaptionTable, read_table
+from efficap.data.table import CaptionTable, EmptyCaption, read_table
 from efficap.data.transforms import EvaluationTransform, TrainingTransform
 from efficap.errors import InputError
 from efficap.ranks import gathered, rank, world_size
@@ -82,6 +82,7 @@ class CSVDataModule(CaptionDataModule):
         self.quarantine = Path(quarantine).expanduser() if quarantine is not None else None
         self.quarantined: Counter[str] = Counter()  # pictures, by the list that leaves them out
         self._splits: dict[str, CaptionTable] = {}
+        self._empties: list[EmptyCaption] = []  # of all splits
         self._learned: CaptionTable | None = None  # of the prepared training split
         self._rows: dict[str, SharedRows] = {}
         self._files: dict[str, dict[str, Path]] = {}
@@ -91,7 +92,7 @@ class CSVDataModule(CaptionDataModule):
         """The table of ``train``, ``val``, ``test``, or of any split by the table's own name for it.
 
         Raises:
-            InputError: the table has no such split.
+            InputError: the table has no such split, or no caption in it.
         """
         if not self._splits:
             self._read()
@@ -99,6 +100,11 @@ class CSVDataModule(CaptionDataModule):
         if in_table not in self._splits:
             sizes = ", ".join(f"{split} ({len(table)} pictures)" for split, table in self._splits.items())
             setting = f"data.{name}_split={in_table}" if name in self.split_names else f"split={name}"
+            if any(empty.split == in_table for empty in self._empties):
+                raise InputError(
+                    f"{setting}: {self.table} has not one caption in that split; eval.py captions its pictures without "
+                    "scores: metrics=[]"
+                )
             choose = (
                 f"data.{name}_split=NAME or, in eval.py, split=NAME"
                 if name in self.split_names
@@ -122,18 +128,18 @@ class CSVDataModule(CaptionDataModule):
             allow_absolute=self.allow_absolute,
             require_captions=self.require_captions,
         )
-        self.bad_samples.total = sum(map(len, tables.values()))
-        for empty in empties:
-            self.bad_samples.total += 1
-            self.bad_samples.add(f"row {empty.row} of {self.table}, {empty.image_id}", "empty caption")
         for split, table in tables.items():
-            file = self.quarantine or own_quarantine(self.table, split)
-            kept = table.without(read_quarantine(file)) if file else table
-            if len(kept) < len(table):
-                self.quarantined[f"{file}"] += len(table) - len(kept)
-            if len(kept):
-                self._splits[split] = kept
-        self.bad_samples.check()
+            if file := self.quarantine or own_quarantine(self.table, split):
+                left_out, whole = read_quarantine(file), len(table)
+                table = table.without(left_out)
+                empties = [
+                    empty for empty in empties if empty.split != split or empty.image_id not in left_out
+                ]
+                if len(table) < whole:
+                    self.quarantined[f"{file}"] += whole - len(table)
+            if len(table):
+                self._splits[split] = table
+        self._empties = empties
 
     def in_training(self, split: str) -> CaptionTable:
         """A split as a training has it: once prepared, ``train`` holds only what is learned, all others are whole."""
@@ -154,6 +160,10 @@ class CSVDataModule(CaptionDataModule):
             )
         for name in splits:
             table = self.split(name)
+            empties = [empty for empty in self._empties if empty.split == table.split]
+            self.bad_samples.total += len(table) + len(empties)
+            for empty in empties:
+                self.bad_samples.add(f"row {empty.row} of {self.table}, {empty.image_id}", "empty caption")
             if self.check:
                 table = self._checked(table)
             self._splits[table.split] = table

@@ -99,10 +99,7 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pd.errors.ParserWarning)
-            # Without index_col=False, rows with one field more than the header shift by a column, silently.
-            rows = pd.read_csv(
-                file, sep=separator, dtype="str", keep_default_na=False, encoding="utf-8-sig", index_col=False
-            )
+            rows = read_text_columns(file)
     except pd.errors.ParserWarning as error:
         raise InputError(
             f"{setting}: rows have more fields than the header; put captions with a {separator!r} in quotes"
@@ -122,6 +119,15 @@ def _read_text_table(setting: str, file: Path, columns: dict[str, str]) -> pd.Da
         return rows
     captions = [lists.get(row, [cell]) for row, cell in enumerate(rows["caption"])]
     return _exploded(rows, captions)
+
+
+def read_text_columns(file: Path) -> pd.DataFrame:
+    """All columns of a CSV or TSV, as text; raises what pandas does."""
+    separator = "\t" if file.suffix.lower() == ".tsv" else ","
+    # Without index_col=False, rows with one field more than the header shift by a column, silently.
+    return pd.read_csv(
+        file, sep=separator, dtype="str", keep_default_na=False, encoding="utf-8-sig", index_col=False
+    )
 
 
 def _check_quotes(setting: str, rows: pd.DataFrame, separator: str) -> None:

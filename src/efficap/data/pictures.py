@@ -23,8 +23,9 @@ class PictureError(OSError):
     """A picture that cannot be read.
 
     Attributes:
-        reason: a word or two to count by: ``missing``, ``too slow``, ``empty``, ``no picture``,
-            ``truncated``, ``too large``, ``too narrow`` or ``unreadable``.
+        reason: a word or two to count by: ``missing``, ``too slow``, ``no access`` (what the disk or its rights say,
+            and may not say tomorrow), ``empty``, ``no picture``, ``truncated``, ``too large``, ``too narrow`` or
+            ``unreadable``.
         detail: more about it.
     """
 
@@ -133,7 +134,8 @@ def _read(file: Path, max_pixels: int, timeout: float | None) -> bytes:
     except TooSlowError as error:
         raise PictureError("too slow", str(error)) from None
     except OSError as error:
-        raise PictureError("unreadable", error.strerror or str(error)) from error
+        reason = "no access" if error.errno else "unreadable"  # not what `read_picture_file` itself refuses
+        raise PictureError(reason, error.strerror or str(error)) from error
     except ValueError as error:  # of a name with a NUL, or that the file system's encoding lacks
         raise PictureError("unreadable", str(error)) from error
 

@@ -6,13 +6,13 @@ import os
 import posixpath
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import pandas as pd
 import pyarrow as pa
 
 from efficap.data.formats import read_rows
-from efficap.data.text import CaptionText
+from efficap.data.text import CaptionText, cleaned
 from efficap.errors import InputError
 
 
@@ -70,9 +70,10 @@ class CaptionTable:
 
 @dataclass(frozen=True, slots=True)
 class EmptyCaption:
-    """A row without a caption: which picture, and which of the table's rows (the first is 1)."""
+    """A row without a caption: which picture of which split, and which of the table's rows (the first is 1)."""
 
     image_id: str
+    split: str
     row: int
 
 
@@ -93,7 +94,7 @@ def read_table(
         table: what `formats.read_rows` knows, or a file for each split.
         image_dir: what the picture names are relative to.
         image_column, caption_column, split_column: the columns' names, where the form has columns.
-        text: cleans the captions; None: white space alone is collapsed.
+        text: cleans the captions; None: white space alone is collapsed, of captions that are not empty once cleaned.
         allow_absolute: whether pictures may lie outside `image_dir`, by their names or by links.
         require_captions: False: a picture without captions stays, with no references.
 
@@ -136,9 +137,9 @@ def read_table(
             f"data.table={table} has {rows['image'].nunique():,} pictures and not one caption; eval.py captions such a "
             "table without scores: metrics=[]"
         )
-    empty_rows = rows[rows["caption"] == ""]["image"]
-    empties = [EmptyCaption(str(image), int(index) + 1) for index, image in empty_rows.items()]  # type: ignore[call-overload]
-    return _by_split(full, image_dir), empties
+    bare = rows[rows["caption"] == ""]
+    numbers = (bare.index + 1).tolist()
+    return _by_split(full, image_dir), list(map(EmptyCaption, bare["image"], bare["split"], numbers))
 
 
 def _by_split(rows: pd.DataFrame, image_dir: Path) -> dict[str, CaptionTable]:
@@ -148,7 +149,8 @@ def _by_split(rows: pd.DataFrame, image_dir: Path) -> dict[str, CaptionTable]:
 
 
 def _collapse(caption: str) -> str:
-    return " ".join(caption.split())
+    # Shards keep what comes of it and are cleaned as they are read: twice, "&amp;lt;" would become "<".
+    return " ".join(caption.split()) if cleaned(caption) else ""
 
 
 def image_id_of(name: str) -> str:
@@ -160,7 +162,7 @@ def _checked_name(name: str, table: object, allow_absolute: bool) -> str:
     normal = image_id_of(name)
     if "\0" in normal:
         raise InputError(f"data.table={table}: {name!r:.100} has a NUL, which no file's name has")
-    if not allow_absolute and (PurePosixPath(normal).is_absolute() or normal.startswith("..")):
+    if not allow_absolute and normal.partition("/")[0] in ("", ".."):
         raise InputError(
             f"data.table={table}: {name} lies outside data.image_dir; data.allow_absolute=true reads it all the same"
         )

@@ -16,9 +16,7 @@ _FINAL = ".!?…\u3002\uff01\uff1f"
 class CaptionText:
     """Cleans captions, and chooses those to learn from.
 
-    Cleaning: HTML entities become characters, then Unicode NFC, control characters, characters of no width (U+200B,
-    U+2060, U+FEFF) and lone surrogates go, any white space becomes one space. It comes before every tokenizer and
-    scorer, in training and evaluation.
+    Cleaning (see `cleaned`) comes before every tokenizer and scorer, in training and evaluation.
     The filters choose among training captions alone: a reference stays a reference.
 
     Args:
@@ -62,11 +60,7 @@ class CaptionText:
 
     def clean(self, caption: str) -> str:
         """The caption as it is learned and scored; empty where nothing is left."""
-        if not caption.isascii() or "&" in caption:
-            caption = unicodedata.normalize("NFC", html.unescape(caption))
-        if not caption.isprintable():
-            caption = "".join(char if _is_text(char) else " " * char.isspace() for char in caption)
-        caption = " ".join(caption.split())
+        caption = cleaned(caption)
         if self.lowercase:
             caption = caption.lower()
         if self.final_stop == "add" and caption and caption[-1] not in _FINAL:
@@ -98,6 +92,19 @@ class CaptionText:
         if self.exclude is not None and self.exclude.search(caption):
             return f"matches {self.exclude.pattern}"
         return None
+
+
+def cleaned(caption: str) -> str:
+    """A caption as one line of plain text; empty where nothing is left.
+
+    HTML entities become characters, then Unicode NFC, control characters, characters of no width (U+200B, U+2060,
+    U+FEFF) and lone surrogates go, any white space becomes one space.
+    """
+    if not caption.isascii() or "&" in caption:
+        caption = unicodedata.normalize("NFC", html.unescape(caption))
+    if not caption.isprintable():
+        caption = "".join(char if _is_text(char) else " " * char.isspace() for char in caption)
+    return " ".join(caption.split())
 
 
 def _is_text(char: str) -> bool:

@@ -188,6 +188,8 @@ class WebDatasetDataModule(CaptionDataModule):
         return self._loader("train", self.training_transform, order)
 
     def evaluation_dataloader(self, split: str) -> CheckedLoader:
+        if split not in self._numbers:  # the training split's names may repeat until it is evaluated
+            self._numbers[split] = _numbers(self.reader(split), self.settings[split])
         order = self._evaluation_order(len(self.reader(split)))
         return self._loader(split, self.evaluation_transform, order)
 

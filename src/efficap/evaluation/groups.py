@@ -5,24 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from efficap.errors import InputError
+from efficap.errors import InputError, first_of
 from efficap.evaluation.scores import Scores, check_metrics, failure, score_tokens, tokenized
 from efficap.evaluation.sums import scores_of_sums
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-SHOWN = 3  # ids named in an error message
-
 
 def check_groups(group_of: Mapping[str, str], image_ids: Sequence[str], column: str) -> None:
     """Raises InputError where a picture is in no group, or a group's name would not do as a part of a score's."""
     without = [image_id for image_id in image_ids if not group_of.get(image_id)]
     if without:
-        named = ", ".join(without[:SHOWN]) + (", …" if len(without) > SHOWN else "")
         raise InputError(
-            f"by={column}: {len(without):,} of {len(image_ids):,} pictures have no value there: {named}; fill the "
-            "column or leave out by="
+            f"by={column}: {len(without):,} of {len(image_ids):,} pictures have no value there: {first_of(without)}; "
+            "fill the column or leave out by="
         )
     for group in {group_of[image_id] for image_id in image_ids}:
         if "/" in group:

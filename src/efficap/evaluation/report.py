@@ -39,7 +39,11 @@ def scores_table(scores: Scores, intervals: Mapping[str, Sequence[float]] | None
     table.add_column("×100", justify="right", no_wrap=True)  # noqa: RUF001
     if intervals:
         table.add_column("95 % interval", justify="right", no_wrap=True)
-    reasons = {name.removesuffix(ERROR): str(why) for name, why in scores.items() if name.endswith(ERROR)}
+    reasons = {
+        name.removesuffix(ERROR): str(why)
+        for name, why in scores.items()
+        if name.endswith(ERROR) and "/" not in name
+    }
     if reasons:
         table.add_column("reason")
     for name, value in scores.items():

@@ -7,10 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from efficap.errors import InputError
+from efficap.errors import InputError, first_of
 from efficap.files import replacing
-
-SHOWN = 3  # ids named in an error message
 
 
 def write_predictions(path: Path, predictions: Mapping[str, str]) -> None:
@@ -97,7 +95,7 @@ def _refuse_duplicates(image_ids: list[str], path: Path) -> None:
             twice[image_id] = None
         seen.add(image_id)
     if twice:
-        named = ", ".join(map(repr, list(twice)[:SHOWN])) + (", …" if len(twice) > SHOWN else "")
         raise InputError(
-            f"{path}: {len(twice)} image ids occur more than once: {named}; give each image one caption"
+            f"{path}: {len(twice)} image ids occur more than once: {first_of(map(repr, twice))}; give each image one "
+            "caption"
         )

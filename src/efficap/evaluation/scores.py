@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from efficap.errors import InputError
+from efficap.errors import InputError, first_of
 from efficap.evaluation import java
 from efficap.evaluation.java import check_java
 from efficap.evaluation.sums import Floats, Parts, meteor
@@ -32,8 +32,6 @@ __all__ = [
 Scores = dict[str, float | int | str | None]
 Tokenized = dict[str, list[str]]  # image id -> tokenized captions
 Values = tuple[list[float], Floats]  # the scores of a metric, and (N, C) what each picture adds
-
-SHOWN = 3  # ids named in an error message
 
 
 class PictureScores(NamedTuple):
@@ -174,10 +172,9 @@ def _check_ids(predictions: Mapping[str, str], references: Mapping[str, Sequence
         ([i for i in references if not any(map(java.one_line, references[i]))], "have no reference text"),
     ):
         if wrong:
-            named = ", ".join(repr(i) for i in wrong[:SHOWN]) + (", …" if len(wrong) > SHOWN else "")
             raise InputError(
-                f"{len(wrong)} of {len(references.keys() | predictions.keys())} images {what}: {named}; "
-                "score predictions and references of the same split"
+                f"{len(wrong)} of {len(references.keys() | predictions.keys())} images {what}: "
+                f"{first_of(map(repr, wrong))}; score predictions and references of the same split"
             )
 
 

@@ -13,10 +13,9 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-from efficap.errors import InputError
+from efficap.errors import InputError, first_of
 from efficap.files import path_argument, replacing
 
-SHOWN = 3  # ids named in an error message
 SPLITS = ("val2014", "test2014")
 
 
@@ -92,10 +91,9 @@ def _check_complete(results: Path, found: set[int], image_list: Path) -> None:
         ) from error
     for ids, what in ((expected - found, "lacks"), (found - expected, "has other pictures than")):
         if ids:
-            named = ", ".join(map(str, sorted(ids)[:SHOWN])) + (", …" if len(ids) > SHOWN else "")
             raise InputError(
-                f"{results} {what} those of {image_list}: {len(ids):,} ({named}) differ of {len(expected):,}; the "
-                "server takes all of a split and no other"
+                f"{results} {what} those of {image_list}: {len(ids):,} ({first_of(sorted(ids))}) differ of "
+                f"{len(expected):,}; the server takes all of a split and no other"
             )
 
 

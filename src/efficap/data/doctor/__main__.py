@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from efficap.data.command_line import COLUMNS
 from efficap.data.pool import cores
 from efficap.errors import InputError
 from efficap.files import path_argument
@@ -56,9 +57,13 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="pictures may lie outside of it, as data.allow_absolute says",
     )
-    add("--image-column", default="file_name", metavar="NAME", help="of a table (default: file_name)")
-    add("--caption-column", default="caption", metavar="NAME", help="of a table (default: caption)")
-    add("--split-column", default="split", metavar="NAME", help="of a table (default: split)")
+    for name, default in COLUMNS.items():
+        add(
+            f"--{name.replace('_', '-')}",
+            default=default,
+            metavar="NAME",
+            help="of a table (default: %(default)s)",
+        )
     add(
         "--train-split",
         default="train",

@@ -44,7 +44,7 @@ class ShardPlace:
         except PictureError:
             raise
         except OSError as error:
-            raise PictureError("unreadable", error.strerror or str(error)) from error
+            raise PictureError("no access", error.strerror or str(error)) from error
 
     def _member(self, part: int, row: int, member: str) -> bytes:
         samples: pa.Table = self._samples(part)

@@ -17,7 +17,7 @@ from efficap.data.table import CaptionTable, EmptyCaption, read_table
 
 CHUNK = 64  # pictures that go to a process at once
 # such a picture may be there tomorrow, when the quarantine would still leave it out
-_PASSING = ("missing", "too slow")
+_PASSING = ("missing", "too slow", "no access")
 
 _Job = tuple[int, int, list[str], int]  # split, first row, files, max_pixels
 _Bad = tuple[int, str, str]  # row, reason, reason with details

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from efficap.data.command_line import training_command
+from efficap.data.command_line import COLUMNS, training_command
 from efficap.data.doctor.captions import CaptionLimit, load_tokenizer
 from efficap.data.doctor.comparison import compare
 from efficap.data.doctor.diagnosis import Diagnosis, conclude
@@ -88,11 +88,10 @@ def _examine_tars(tars: list[Path], options: argparse.Namespace) -> Examination:
 
 def _examine_table(table: Path, options: argparse.Namespace) -> Examination:
     limit, max_pixels = _limits(options)
-    columns = {name: getattr(options, name) for name in ("image_column", "caption_column", "split_column")}
     return examine_table(
         table,
         _image_dir(table, options),
-        columns=columns,
+        columns={name: getattr(options, name) for name in COLUMNS},
         allow_absolute=options.allow_absolute,
         limit=limit,
         max_pixels=max_pixels,
@@ -118,5 +117,13 @@ def _what_next(options: argparse.Namespace, diagnosis: Diagnosis, out: Path) -> 
     else:
         lines += [f"Pictures that training leaves out: {file}" for file in diagnosis.files]
         table = Path(options.path)
-        command = training_command("csv", table=table, image_dir=_image_dir(table, options))
+        defaults = {**COLUMNS, "train_split": "train"}
+        given = {
+            name: getattr(options, name)
+            for name, default in defaults.items()
+            if getattr(options, name) != default
+        }
+        if options.allow_absolute:
+            given["allow_absolute"] = "true"
+        command = training_command("csv", table=table, image_dir=_image_dir(table, options), **given)
     return [*lines, f"Report: {out / 'report.html'}", f"Train: {command}"]

@@ -91,7 +91,7 @@ def prepare_coco(folder: Path, *, split: str = "karpathy", remotes: Mapping[str,
     """
     year = "2017" if split == "2017" else "2014"
     parts = [f"train{year}", f"val{year}"]
-    image_dir = folder if all((folder / part).is_dir() for part in parts) else folder / "images"
+    image_dir = max(folder / "images", folder, key=lambda place: _parts_in(place, parts))
     for part in parts:
         (image_dir / part).mkdir(parents=True, exist_ok=True)
     if split == "karpathy":
@@ -105,6 +105,11 @@ def prepare_coco(folder: Path, *, split: str = "karpathy", remotes: Mapping[str,
         counts = rows.groupby("split")["image"].nunique()
         print(karpathy_variant({str(name): int(count) for name, count in counts.items()}))
     return written
+
+
+def _parts_in(place: Path, parts: list[str]) -> int:
+    """How many of the folders are there with pictures; an earlier call that failed has left empty ones."""
+    return sum(any((place / part).glob("*.jpg")) for part in parts)
 
 
 def _annotations(folder: Path, year: str, remotes: Mapping[str, Remote]) -> dict[str, Path]:

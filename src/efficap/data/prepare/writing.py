@@ -12,6 +12,7 @@ from efficap.data.command_line import training_command
 from efficap.data.formats import read_rows
 from efficap.data.prepare.archives import unpack
 from efficap.data.prepare.download import Remote, fetch
+from efficap.data.text import cleaned
 from efficap.errors import InputError
 from efficap.files import unfinished
 
@@ -47,7 +48,7 @@ def read_captions(table: Path | dict[str, Path], image_dir: Path) -> pd.DataFram
     columns = {"image_column": "image", "caption_column": "caption", "split_column": "split"}
     rows = read_rows(table, image_dir=image_dir, **columns)
     rows["caption"] = rows["caption"].str.split().str.join(" ")
-    return rows[rows["caption"] != ""]
+    return rows[rows["caption"].map(cleaned) != ""]
 
 
 def lacking_pictures(rows: pd.DataFrame, image_dir: Path) -> list[str]:

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from efficap.data.command_line import training_command
+from efficap.data.command_line import COLUMNS, training_command
 from efficap.data.pool import cores
 from efficap.data.quarantine import own_quarantine, read_quarantine
 from efficap.data.shards.writer import ShardSettings, write_shards
@@ -31,9 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         tables, empties = read_table(
             options.table,
             options.image_dir,
-            image_column=options.image_column,
-            caption_column=options.caption_column,
-            split_column=options.split_column,
+            **{name: getattr(options, name) for name in COLUMNS},
             allow_absolute=options.allow_absolute,
         )
         splits = list(dict.fromkeys(options.split or tables))
@@ -121,8 +119,9 @@ def _parser() -> argparse.ArgumentParser:
         "--max-pixels", type=int, default=MAX_PIXELS, metavar="N", help="leave larger pictures out"
     )
     parser.add_argument("--workers", type=int, default=cores(), metavar="N", help="processes")
-    for role, default in (("image", "file_name"), ("caption", "caption"), ("split", "split")):
-        parser.add_argument(f"--{role}-column", default=default, metavar="NAME", help=f"(default: {default})")
+    for name, default in COLUMNS.items():
+        flag = f"--{name.replace('_', '-')}"
+        parser.add_argument(flag, default=default, metavar="NAME", help=f"(default: {default})")
     return parser
 
 

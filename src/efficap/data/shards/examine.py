@@ -23,6 +23,7 @@ from efficap.data.shards.tar import (
     is_unicode,
     read_contents,
 )
+from efficap.data.text import cleaned
 
 VERSION = 2
 
@@ -166,7 +167,7 @@ def _read_texts(file: BinaryIO, tar: Path, sample: TarSample) -> tuple[str, list
             raise SampleError("unsafe name", ascii(image_id))
         for name in ("captions", "caption"):
             captions += captions_of(fields, name) if fields.get(name) else []
-    captions = [caption for caption in captions if caption.strip()]
+    captions = [caption for caption in captions if cleaned(caption)]
     if not captions:
         raise SampleError("empty caption")
     return image_id, list(dict.fromkeys(captions))

@@ -104,7 +104,7 @@ class ShardReader:
         try:
             return self._read(number)
         except SampleError as error:
-            if error.reason != "unreadable":
+            if error.reason != "no access":
                 raise
         # On a network's disk, a file in whose place another was put is lost to who has it open.
         with self._lock:
@@ -164,7 +164,7 @@ def _answer(timeout: float | None, function: Callable[..., Result], *arguments: 
     except TooSlowError as error:
         raise SampleError("too slow", str(error)) from None
     except OSError as error:
-        raise SampleError("unreadable", str(error)) from error
+        raise SampleError("no access", str(error)) from error
 
 
 class _OpenShard:

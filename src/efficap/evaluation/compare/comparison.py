@@ -138,7 +138,7 @@ def write_comparison(
     plots = []
     for name, drawn in (
         (LEARNING, plot_learning(comparison.groups, out / LEARNING)),
-        (COSTS, plot_costs(comparison.standings, out / COSTS)),
+        (COSTS, plot_costs(comparison.groups, comparison.standings, out / COSTS)),
     ):
         if drawn:
             plots.append((HEADINGS[name], out / name))

@@ -95,8 +95,10 @@ def spent_at(table: pd.DataFrame, run: Run, steps: Floats) -> tuple[Floats, Floa
     return np.interp(steps, at, np.array([0.0, *seen, last_pairs])), np.interp(steps, at, minutes)
 
 
-def plot_costs(standings: Sequence[Standings], png: Path) -> bool:
+def plot_costs(groups: Sequence[Group], standings: Sequence[Standings], png: Path) -> bool:
     """Draw CIDEr of each split against parameters, pairs and time: a point a model, bars of ± sd over its seeds.
+
+    A model has its colour of `plot_learning`, by its place in `groups`.
 
     Returns:
         Whether there was anything to draw.
@@ -104,7 +106,7 @@ def plot_costs(standings: Sequence[Standings], png: Path) -> bool:
     shown = [split for split in standings if any("CIDEr" in scores for scores in split.scores.values())]
     if not shown:
         return False
-    numbers = {name: n for n, name in enumerate(dict.fromkeys(g.name for s in shown for g in s.groups))}
+    numbers = {group.name: number for number, group in enumerate(groups)}
     figure, axes = _figure(len(shown), len(COSTS))
     for panels, split in zip(axes, shown, strict=True):
         for panel, (label, cost, logarithmic) in zip(panels, COSTS, strict=True):

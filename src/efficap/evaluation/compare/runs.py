@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from efficap.errors import InputError
+from efficap.errors import InputError, first_of
 from efficap.evaluation.pictures import PICTURES_FILE, PictureRecord, read_pictures
 from efficap.evaluation.results import read_predictions, read_scores
 from efficap.yaml_files import read_yaml
@@ -19,7 +19,6 @@ CONFIG_FILE = "config.yaml"
 _KEYS = {"name", "model", "data"}
 _CLOSE = 1e-6  # between a score and the mean over the pictures that it was computed from
 METRICS = ("CIDEr", "BLEU-4", "METEOR", "ROUGE-L")
-SHOWN = 3  # ids named in an error message
 
 
 @dataclass(frozen=True)
@@ -109,9 +108,8 @@ def read_run(path: Path) -> Run:
         folder.name: evaluation
         for folder in sorted(file.parent for file in path.glob("eval/*/scores.json"))
         if (folder / "captions.json").is_file()  # what is published has scores alone
-        and any(
-            isinstance((evaluation := _evaluation(folder)).scores.get(metric), float) for metric in METRICS
-        )
+        for evaluation in [_evaluation(folder)]
+        if any(isinstance(evaluation.scores.get(metric), float) for metric in METRICS)
     }
     return Run(
         path, _config(path / CONFIG_FILE), read_scores(metrics) if metrics.is_file() else {}, evaluations
@@ -169,7 +167,7 @@ def check_same_pictures(runs: Sequence[Run], split: str) -> None:
 
 def _surplus(ids: Sequence[str], others: Sequence[str]) -> str:
     only = sorted(set(ids) - set(others))
-    named = f" ({', '.join(map(repr, only[:SHOWN]))}{', …' if len(only) > SHOWN else ''})" if only else ""
+    named = f" ({first_of(map(repr, only))})" if only else ""
     return f"{len(ids):,} pictures, {len(only):,} of its own{named}"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -156,6 +157,11 @@ def _notes(groups: Sequence[Group], split: str) -> list[str]:
                 notes.append(f"{group.name}: {run.path} has not come to its end")
             how = f"{scores.get('decoding')}, {scores.get('precision')}"
             found.setdefault(how, []).append(group.name)
+        for seed, count in Counter(run.seed for run in group.evaluated(split)).items():
+            if count > 1:
+                notes.append(
+                    f"{group.name}: {count} runs of seed {seed}; its mean and ± are not over seeds alone"
+                )
         missing = len(group.runs) - len(group.evaluated(split))
         if missing:
             notes.append(f"{group.name}: {missing} of {len(group.runs)} runs were not evaluated on {split}")

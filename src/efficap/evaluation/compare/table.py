@@ -36,7 +36,7 @@ def scores_cells(standings: Standings) -> Cells:
             [
                 group.model,
                 group.data,
-                f"{len(group.evaluated(standings.split))}",
+                f"{len({run.seed for run in group.evaluated(standings.split)})}",
                 parameters(group),
                 _rate(group),
                 *(_score(scores.get(metric)) for metric in METRICS),
