@@ -98,6 +98,37 @@ def test_without_gradients_a_step_does_nothing() -> None:
     assert not optimizer.state
 
 
+def test_a_step_that_is_told_to_be_bad_changes_nothing_and_one_that_is_not_is_as_ever() -> None:
+    """As torch's fused optimisers have it: whether it is lies on the device, and nobody waits for it."""
+    torch.manual_seed(0)
+    start, gradients = (torch.randn(2, 4, 6), torch.randn(2, 5)), (torch.randn(4, 6), torch.randn(5))
+    moved = {}
+    for told in (None, 0.0, 1.0):
+        matrix, vector = (torch.nn.Parameter(value[0].clone()) for value in start)
+        settings = {"lr": 0.1, "weight_decay": 0.1}
+        optimizer = Muon(
+            [{"params": [matrix], "is_orthogonal": True, **settings}, {"params": [vector], **settings}],
+            **SETTINGS,
+            fused=True,
+        )
+        matrix.grad, vector.grad = (gradient.clone() for gradient in gradients)
+        optimizer.step()
+        if told is not None:
+            optimizer.found_inf = torch.tensor(told)  # type: ignore[attr-defined]
+        before = [p.detach().clone() for p in (matrix, vector)]
+        buffer = optimizer.state[matrix]["momentum_buffer"].clone()
+        if told:
+            matrix.grad[0, 0], vector.grad[0] = torch.nan, torch.inf
+        optimizer.step()
+        moved[told] = [matrix.detach(), vector.detach()]
+        if told:
+            assert all(torch.equal(*pair) for pair in zip(moved[told], before, strict=True))
+            assert torch.equal(optimizer.state[matrix]["momentum_buffer"], buffer)
+            assert optimizer.state[vector]["step"] == 1
+    for ours, other in zip(moved[0.0], moved[None], strict=True):
+        torch.testing.assert_close(ours, other)
+
+
 @pytest.mark.parametrize("share", [3.0, 0.0])
 def test_matrices_and_convolutions_take_their_own_learning_rate(share: float) -> None:
     captioner = build_model(tiny_model(), 97)

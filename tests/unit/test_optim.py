@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -102,6 +103,30 @@ def test_a_negative_rate_is_refused(captioner: CaptionModel) -> None:
 def test_a_clip_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(InputError, match=r"optimizer.clip_value=0 must be above 0; null: no clipping"):
         check_optimizer(lr=LR, weight_decay=0.0, layer_decay=1.0, clip_value=0)
+
+
+def test_moments_that_lie_otherwise_than_their_weights_are_gone_on_with_as_they_were() -> None:
+    """A run in shards has kept them contiguous, and fused kernels walk through memory whatever the strides."""
+    torch.manual_seed(0)
+    captioner = build_model(tiny_model(), 97)
+    stem = captioner.encoder.backbone.conv_stem.weight
+    assert not stem.is_contiguous()
+    optimizer, _ = adamw(captioner, lambda step: 0.0)
+    stem.grad = torch.randn_like(stem)
+    optimizer.step()
+    state, begun = copy.deepcopy(optimizer.state_dict()), stem.detach().clone()
+    stem.grad = torch.randn_like(stem)
+    optimizer.step()
+    expected = stem.detach().clone()
+    state["state"] = {
+        number: {name: value.contiguous() for name, value in moments.items()}
+        for number, moments in state["state"].items()
+    }
+    again, _ = adamw(captioner, lambda step: 0.0)
+    again.load_state_dict(state)
+    stem.data.copy_(begun)
+    again.step()
+    assert torch.equal(stem, expected)
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -26,7 +26,7 @@ class DecodingCache:
 
     Args:
         memory: for each layer the (B, H, N, d) keys and values of the pictures, shared by the rows of each.
-        max_tokens: the longest sequence that it will hold.
+        max_tokens: the longest sequence; more room is made as it grows.
         empty_slot: whether all rows see one more slot before the first token, whose key and value are zero.
     """
 

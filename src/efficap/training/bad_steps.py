@@ -114,7 +114,7 @@ class BadSteps(Callback):
             dist.all_reduce(bad, dist.ReduceOp.MAX)  # without a barrier, as Lightning's strategy has it
 
         if optimizer.defaults["fused"]:
-            optimizer.found_inf = bad  # type: ignore[attr-defined]  # its kernel then does nothing
+            optimizer.found_inf = bad  # type: ignore[attr-defined]  # where it is 1 a step does nothing
         elif bool(bad):  # loss scaling waits for the device at each step anyway
             pl_module.zero_grad()
         assert self._statistics is not None

@@ -33,6 +33,7 @@ class ProgressBar(RichProgressBar):
 
     def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
         due = trainer.global_step % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        due = due and not trainer.fit_loop._should_accumulate()  # batches after it belong to the next step
         if due or trainer.validating or not hasattr(self, "_shown"):
             self._shown: dict[str, Any] = super().get_metrics(trainer, pl_module)
             self._shown.pop("v_num", None)

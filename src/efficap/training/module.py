@@ -130,6 +130,8 @@ class CaptionModule(pl.LightningModule):
         # (N, D) of each picture, which is encoded once for captions and loss.
         memories: dict[str, Tensor] = {}
         self.writer.on_encoded = lambda ids, memory: memories.update(zip(ids, memory, strict=True))
+        if self.writer.batch_size is None:
+            self.writer.batch_size = len(batch)  # training takes more for as many pictures
         written = self.writer.write(batch.images, batch.image_ids)
         memory = torch.stack([memories[image_id] for image_id in batch.image_ids])  # (B, N, D)
         read = batch.tokens[..., :-1]
@@ -143,6 +145,7 @@ class CaptionModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         self.captioner.decoder.drop_head()
+        self.writer.on_encoded = None  # it holds the last memories
         if self._device_mesh is not None:
             bring_together(self.captioner, False)
         total, tokens = summed(self._loss)

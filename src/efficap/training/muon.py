@@ -38,13 +38,20 @@ class Muon(torch.optim.Optimizer):
         groups: of parameters, with ``lr`` and ``weight_decay``; ``is_orthogonal`` where Muon moves them.
         betas, eps: AdamW's.
         momentum: Muon's, 0 … 1; the gradient is looked up a step ahead (Nesterov).
+        fused: as torch's fused optimisers, a step changes nothing where the attribute ``found_inf``, a tensor of 0 or 1
+            on the device that a caller may set, is 1; nobody waits for it.
     """
 
     def __init__(
-        self, groups: Iterable[dict[str, Any]], *, betas: tuple[float, float], eps: float, momentum: float
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        momentum: float,
+        fused: bool = False,
     ) -> None:
-        # "fused" tells who leaves out a bad step that there is no kernel which does so by itself.
-        defaults = {"betas": betas, "eps": eps, "momentum": momentum, "is_orthogonal": False, "fused": False}
+        defaults = {"betas": betas, "eps": eps, "momentum": momentum, "is_orthogonal": False, "fused": fused}
         super().__init__(groups, defaults)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -76,14 +83,21 @@ class Muon(torch.optim.Optimizer):
             if not self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters]
+        lr: float | Tensor = group["lr"]
+        if (bad := self._found_inf()) is not None:
+            gradients = [torch.where(bad > 0, *pair) for pair in zip(buffers, gradients, strict=True)]
+            lr = lr * (1 - bad)
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
         ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
         matrices = torch.stack([x.flatten(1).to(_product_dtype(x)) for x in ahead])  # (n, O, I)
         updates = orthogonal(matrices).to(parameters[0].dtype)
-        torch._foreach_mul_(parameters, 1 - group["lr"] * group["weight_decay"])
-        size = group["lr"] * RMS * max(matrices.shape[1:]) ** 0.5
+        torch._foreach_mul_(parameters, 1 - lr * group["weight_decay"])
+        updates *= -RMS * max(matrices.shape[1:]) ** 0.5 * lr
         moves = [update.view_as(p) for update, p in zip(updates, parameters, strict=True)]
-        torch._foreach_add_(parameters, moves, alpha=-size)
+        torch._foreach_add_(parameters, moves)
+
+    def _found_inf(self) -> Tensor | None:
+        return getattr(self, "found_inf", None)
 
     def _move_by_adamw(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         states = [self.state[p] for p in parameters]
@@ -107,6 +121,7 @@ class Muon(torch.optim.Optimizer):
             weight_decay=group["weight_decay"],
             eps=group["eps"],
             maximize=False,
+            found_inf=self._found_inf(),
         )
 
 

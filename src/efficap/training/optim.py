@@ -114,7 +114,7 @@ def build_optimizer(
         lr, weight_decay, layer_decay, matrix_lr: see `parameter_groups`.
         warmup_steps: optimiser steps until the peak; a tenth of the training at most.
         final_lr: share of the peak that is left at the end.
-        fused: torch's fused kernel.
+        fused: torch's fused kernel; of Muon, leave out a bad step on the device, as that does.
         momentum: of Muon.
 
     Raises:
@@ -136,9 +136,10 @@ def build_optimizer(
         optimizer = torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=fused or None)
     else:
         assert momentum is not None
-        optimizer = Muon(groups, betas=(betas[0], betas[1]), eps=eps, momentum=momentum)
+        optimizer = Muon(groups, betas=(betas[0], betas[1]), eps=eps, momentum=momentum, fused=fused)
 
     optimizer.register_load_state_dict_pre_hook(_keep_kernel)
+    optimizer.register_load_state_dict_post_hook(_lay_out)
 
     @functools.lru_cache(maxsize=1)  # each group asks for the same step
     def share_of_peak(step: int) -> float:
@@ -154,6 +155,14 @@ def _keep_kernel(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -
     """A checkpoint's state for the kernel of now: with another precision it may be another one."""
     groups = [{**group, "fused": optimizer.defaults["fused"]} for group in state_dict["param_groups"]]
     return {**state_dict, "param_groups": groups}
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Lay moments out as their weights are: fused kernels go through both alike, and a run in shards has others."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def check_optimizer(
