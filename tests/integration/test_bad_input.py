@@ -78,6 +78,9 @@ MISTAKES = {
     "training.start_size=64": r"error: training.start_size=64 must be below model.image_size=64",
     "trainer.limit_train_batches=0.0": r"error: trainer.limit_train_batches=0.0 must be above 0; null: all",
     "trainer.precision=bf16-true": r"error: trainer.precision=bf16-true must be 32-true, bf16-mixed, 16-mixed, or null",
+    "+trainer.gradient_clip=1": (
+        r"error: trainer.gradient_clip=1 is no setting of Lightning's Trainer here; nearest: gradient_clip_val"
+    ),
     "+trainer.gradient_clip_algorithm=value": r"error: trainer.gradient_clip_algorithm=value: .*optimizer.clip_value",
     "+optimizer.amsgrad=true": r"error: optimizer.amsgrad is no setting; there are lr, betas",
     "+optimizer.momentum=0.9": r"error: optimizer.momentum=0.9 is Muon's, .*choose optimizer=muon",
@@ -155,7 +158,7 @@ def test_missing_pictures_are_named_before_training(
     status, stderr = run("train.py", *tiny_overrides(colour_table, tmp_path / "run"))
     assert status == 1
     assert re.search(
-        r"error: 1 \(missing 1\) of 16 samples cannot be used, .*train_3.jpg \(missing\)", stderr
+        r"error: 1 \(missing 1\) of 12 samples cannot be used, .*train_3.jpg \(missing\)", stderr
     )
 
 

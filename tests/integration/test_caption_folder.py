@@ -128,13 +128,14 @@ def test_a_finished_folder_is_left_as_it_is(
     assert "16 captioned, 0 left out; 16 of them were done before" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", [["captions.csv"], ["captions.csv", "index.html"]])
 def test_the_table_and_the_page_are_made_up_for_where_only_they_are_missing(
-    run: Path, pictures: Path, tmp_path: Path, written: list[str]
+    run: Path, pictures: Path, tmp_path: Path, written: list[str], missing: list[str]
 ) -> None:
     caption(compose("caption", *settings(run, pictures, tmp_path)))
     table = (tmp_path / "captions.csv").read_bytes()
-    (tmp_path / "captions.csv").unlink()
-    (tmp_path / "index.html").unlink()
+    for name in missing:
+        (tmp_path / name).unlink()
     caption(compose("caption", *settings(run, pictures, tmp_path)))
     assert (tmp_path / "captions.csv").read_bytes() == table
     assert len(written) == 16
@@ -148,6 +149,23 @@ def test_pictures_that_came_later_are_added(
     assert len(written) == 16
     assert [row["file"] for row in lines(tmp_path)] == sorted(written)
     assert (tmp_path / "captions.csv").read_text().count("\n") == 17
+
+
+def test_a_picture_that_could_not_be_read_is_captioned_once_it_can_be(
+    run: Path, pictures: Path, tmp_path: Path, written: list[str]
+) -> None:
+    images, out = tmp_path / "images", tmp_path / "out"
+    images.mkdir()
+    shutil.copy(pictures / "train_0.jpg", images / "0.jpg")
+    (images / "1.jpg").write_bytes(b"half a picture")
+    caption(compose("caption", *settings(run, images, out)))
+    before = {file: file.stat().st_mtime_ns for file in out.iterdir()}
+    caption(compose("caption", *settings(run, images, out)))
+    assert {file: file.stat().st_mtime_ns for file in out.iterdir()} == before, "it still cannot"
+    shutil.copy(pictures / "train_1.jpg", images / "1.jpg")
+    assert all(result.caption for result in caption(compose("caption", *settings(run, images, out))))
+    assert written == [str(images / name) for name in ("0.jpg", "1.jpg")]
+    assert [row["error"] for row in lines(out)] == ["", ""]
 
 
 def test_an_interrupted_run_says_what_goes_on_with_it(
@@ -178,6 +196,24 @@ def test_results_of_other_settings_are_not_mixed(
     caption(compose("caption", *settings(run, pictures, tmp_path)))
     with pytest.raises(InputError, match=message):
         caption(compose("caption", *settings(run, pictures, tmp_path), change))
+
+
+def test_a_run_that_has_moved_goes_on_with_its_captions(
+    run: Path, pictures: Path, tmp_path: Path, written: list[str]
+) -> None:
+    own = shutil.copytree(run, tmp_path / "run")
+    caption(compose("caption", *settings(own, pictures / "test_*.jpg", own / "captions/mine")))
+    moved = own.rename(tmp_path / "moved")
+    out = moved / "captions/mine"
+    caption(compose("caption", *settings(moved, pictures, out)))
+    assert len(written) == len(set(written)) == 16
+    record = json.loads((out / "captioning.json").read_text())
+    del record["weights"]  # as earlier versions wrote it
+    (out / "captioning.json").write_text(json.dumps(record))
+    with pytest.raises(
+        InputError, match=r"holds captions of another run: .*/run, not .*/moved; name another"
+    ):
+        caption(compose("caption", *settings(moved, pictures, out)))
 
 
 def test_results_of_other_weights_are_not_mixed(run: Path, pictures: Path, tmp_path: Path) -> None:

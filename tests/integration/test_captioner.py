@@ -221,6 +221,14 @@ PLACES = {
         },
         r"data\.table is not known here; add \+data\.table=PATH",
     ),
+    "the built-in pictures": (
+        {
+            "_target_": "efficap.data.demo.module.DemoDataModule",
+            "root": "/a/demo",
+            "table": "/a/demo/captions.csv",
+        },
+        r"data\.table is not known here; add \+data\.table=PATH",
+    ),
     "several folders of shards": (
         {
             "_target_": "efficap.data.webdataset.WebDatasetDataModule",

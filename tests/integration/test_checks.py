@@ -100,6 +100,16 @@ def test_what_is_not_asked_for_or_cannot_be_had_is_left_out_and_said(
     assert "checks.instances has none of the 4 pictures" in capsys.readouterr().out
 
 
+def test_a_reference_longer_than_the_decoder_reads_is_cut_for_the_loss(
+    random_run: Path, tmp_path: Path
+) -> None:
+    table = write_colour_table(tmp_path / "long")
+    captions = table / "captions.csv"
+    captions.write_text(captions.read_text().replace("a red picture", "a red picture " * 40))
+    longer = [f"+data.table={captions}", f"+data.image_dir={table}/images", "+data.max_tokens=200"]
+    assert "loss_gap" in evaluated(random_run, *longer, "metrics=[]")["checks"]
+
+
 def test_the_loss_does_not_depend_on_batches_and_encodes_nothing_twice(
     random_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
@@ -110,9 +111,7 @@ def undisturbed(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("where", "after", "status"),
     [
-        ("training_step", 1, None),  # before there is any checkpoint but the start
         ("training_step", 3, None),
-        ("training_step", 5, 143),
         ("training_step", 6, 143),
         ("validation_step", 0, None),
         ("validation_step", 1, 143),
@@ -135,9 +134,6 @@ def test_a_training_stopped_anywhere_ends_as_one_that_was_not(
             train(compose("train", *tiny_overrides(folder, run), *CHANCE))
         if status:
             assert stopped.value.code == status
-    if not (run / "checkpoints" / LAST).is_file():
-        assert (where, after) == ("training_step", 1)
-        return
     again = train(going_on(run))
     assert again == run
     assert_equal_runs(run, undisturbed)
@@ -300,17 +296,21 @@ def test_a_validation_amid_the_batches_of_a_step_keeps_no_half_of_it(
 def test_a_validation_by_the_clock_that_was_broken_off_is_made_up(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, clock = (
-        tmp_path / "run",
-        ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=00:00:00:05"],
-    )
+    run, real = tmp_path / "run", CaptionModule.training_step
+    clock = ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=00:01:00:00"]
+
+    def one_that_takes_an_hour(self: CaptionModule, *args: Any) -> Any:
+        if self.global_step == 5:
+            self.trainer._last_val_time = -math.inf  # type: ignore[attr-defined]
+        return real(self, *args)
+
     with monkeypatch.context() as patch:
-        die_at(patch, "training_step", 5, lambda: time.sleep(6))
+        patch.setattr(CaptionModule, "training_step", one_that_takes_an_hour)
         die_at(patch, "validation_step", 0, kill)
         with pytest.raises(KilledError):
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, *clock))
     steps = Checkpoint.read(run / "checkpoints" / LAST).global_step
-    train(going_on(run, "trainer.val_check_interval=00:01:00:00"))
+    train(going_on(run))
     scored = pd.read_csv(run / "metrics.csv").dropna(subset="val/loss")
     assert steps - 1 in scored["step"].tolist()
 
@@ -374,8 +374,6 @@ def stop_and_go_on(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["trainer.accumulate_grad_batches=2", "checkpoint.every_steps=1"],
-        ["trainer.check_val_every_n_epoch=null", "trainer.val_check_interval=3", "trainer.max_epochs=2"],
         ["trainer.max_steps=9", "data.steps_per_epoch=5"],
         ["model.encoder.frozen=true", "data.feature_cache=true", "data.feature_cache_dir={tmp}"],
     ],
@@ -466,6 +464,8 @@ def test_shards_and_tables_mixed(
     assert_equal_runs(train(going_on(run, change)), whole)
     sources = RunDirectory(run).config["data"]["sources"]
     assert [sources[name]["num_workers"] for name in ("first", "second")] == [1, 0]
+    settings, _, _ = resolved_settings(going_on(run, f"++data.sources.first.index_dir={tmp_path}/indexes"))
+    assert settings["data"]["sources"]["first"]["index_dir"] == f"{tmp_path}/indexes"
 
 
 def stopped_run(folder: Path, run: Path, monkeypatch: pytest.MonkeyPatch, *overrides: str) -> Path:
@@ -581,6 +581,30 @@ def test_a_run_that_was_gone_on_with_in_less_memory_is_found_by_the_command_that
     assert found is None
 
 
+def test_what_changes_nothing_that_is_learned_may_have_changed_since(
+    folder: Path, stopped: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    changes = ["data.num_workers=1", "data.max_bad_fraction=0.5", f"data.feature_cache_dir={tmp_path}"]
+    changes += ["training.max_bad_steps=3", "trainer.precision=bf16-mixed"]
+    changed, _, _ = resolved_settings(going_on(run, *changes))
+    (run / "config.yaml").write_text(yaml.safe_dump({**changed, "resume": None}))
+    same = [o for o in tiny_overrides(folder, tmp_path / "other") if not o.startswith("data.num_workers")]
+    same += [*CHANCE, "resume=auto"]
+    settings, _, found = resolved_settings(compose("train", *same))
+    assert found is not None
+    assert settings == changed
+    settings, _, found = resolved_settings(compose("train", *same, "data.num_workers=2"))
+    assert found is not None
+    assert settings == {**changed, "data": {**changed["data"], "num_workers": 2}}
+    for other in ("trainer.precision=32-true", "trainer.max_epochs=5", "data.image_dir=elsewhere"):
+        assert resolved_settings(compose("train", *same, other))[2] is None
+    before = shutil.copytree(stopped, tmp_path / "before")
+    _, _, found = resolved_settings(compose("train", *same))
+    assert found is not None
+    assert found.path == before, "the precision that is not named is the default first of all"
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"finished": tr'])
 def test_a_run_with_damaged_metrics_is_one_that_has_not_finished(tmp_path: Path, content: str) -> None:
     (tmp_path / "metrics.json").write_text('{"finished": true}')
@@ -689,10 +713,58 @@ def test_a_run_goes_on_with_its_own_settings(stopped: Path, tmp_path: Path) -> N
         InputError, match=r"optimizer.lr.encoder=1: resume=\S+ goes on with that run's own settings"
     ):
         train(going_on(run, "optimizer.lr.encoder=1"))
+    with pytest.raises(InputError, match=r"trainer=gpu: .*; here it is trainer.accelerator=gpu$"):
+        train(going_on(run, "trainer=gpu"))
     train(going_on(run, "trainer.max_epochs=5"))
     assert json.loads((run / "metrics.json").read_text())["epochs"] == 5
     with pytest.raises(InputError, match=r"resume=nowhere does not exist"):
         train(going_on("nowhere"))
+
+
+def test_a_run_goes_on_with_pictures_that_have_moved(
+    folder: Path, stopped: Path, undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    moved = shutil.copytree(folder / "images", tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    train(going_on(run, "data.image_dir=moved"))
+    assert RunDirectory(run).config["data"]["image_dir"] == str(moved)
+    assert_equal_runs(run, undisturbed)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (
+            ["+trainer.gradient_clip=1"],
+            r"trainer.gradient_clip=1 is no setting of Lightning's Trainer here; nearest: gradient_clip_",
+        ),
+        (["checkpoint.every_steps=-1"], "checkpoint.every_steps=-1 must be above 0"),
+        (["trainer.val_check_interval=500"], "trainer.val_check_interval=500 must be at most 4, the batches"),
+        (["+callbacks.mine._target_=collections.OrderedDict"], "is no callback of Lightning's"),
+        (["logger=csv", "+logger._target_=collections.OrderedDict"], "is no logger of Lightning's"),
+    ],
+)
+def test_a_mistake_beside_resume_leaves_the_runs_settings_alone(
+    stopped: Path, tmp_path: Path, mistake: list[str], message: str
+) -> None:
+    run = shutil.copytree(stopped, tmp_path / "run")
+    with pytest.raises(InputError, match=message):
+        train(going_on(run, *mistake))
+    assert (run / "config.yaml").read_bytes() == (stopped / "config.yaml").read_bytes()
+
+
+def test_a_finished_run_that_is_prolonged_is_not_finished_meanwhile(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = shutil.copytree(undisturbed, tmp_path / "run")
+    before = json.loads((run / "metrics.json").read_text())
+    assert before["finished"]
+    with monkeypatch.context() as patch:
+        die_at(patch, "validation_step", 0, kill)
+        with pytest.raises(KilledError):
+            train(going_on(run, "trainer.max_epochs=3"))
+    assert json.loads((run / "metrics.json").read_text()) == {**before, "finished": False}
 
 
 def test_a_limit_below_what_a_run_has_come_to_is_refused_and_leaves_the_run_alone(undisturbed: Path) -> None:

@@ -196,6 +196,7 @@ def test_a_run_goes_on_with_larger_pictures_more_blocks_and_more_words(
     )
     run = train(compose("train", *overrides, "trainer.max_epochs=1"))
     printed = capsys.readouterr().out
+    assert f"init_from {start[1].parent.name}/start" in printed, "whatever link led to it"
     assert re.search(r"bridge.positions\s+│\s+1 │ 4 to 9 rows, interpolated", printed)
     assert re.search(r"bridge.blocks.1\s+│\s+12 │ fresh", printed)
     config = RunDirectory(run).config["model"]

@@ -14,12 +14,14 @@ from typing import Any
 
 import hydra
 import pytest
+from conftest import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import open_dict
 
 from efficap.commands.entry import CONF
 from efficap.commands.faults import of_disk
 from efficap.commands.job import recorded
+from efficap.commands.train import train
 from efficap.errors import InputError
 from efficap.evaluation.compare.jobs import read_jobs
 from efficap.training.progress import begun
@@ -60,6 +62,17 @@ def test_what_becomes_of_a_job_is_kept(begin: Begin) -> None:
     with recorded(folder):  # the same command again
         pass
     assert record(folder) == done
+
+
+def test_a_job_that_is_done_is_not_begun_again_whatever_has_become_of_its_run(
+    begin: Begin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = begin("seed=1")
+    with recorded(folder):
+        pass
+    (folder / "config.yaml").write_text("name: of another training\n")
+    assert train(compose("train", "name=job", f"output_dir={folder}", "seed=1")) == folder
+    assert capsys.readouterr().out == f"finished already: {folder}\n"
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,12 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import hydra
 import pytest
 import yaml
 from conftest import compose
+from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.loggers import WandbLogger
 from wandb_files import OfflineRun, finished_run
 
@@ -159,6 +162,22 @@ def test_a_setting_that_wandb_does_not_have_is_named(tmp_path: Path) -> None:
 def test_a_value_that_wandb_refuses_is_told_in_its_words(tmp_path: Path, setting: str) -> None:
     with pytest.raises(InputError, match=r"^logger.*(ofline|typo|me/captions)"):
         log_run(tmp_path / "run", setting)
+
+
+@pytest.mark.usefixtures("wandb_free")
+@pytest.mark.parametrize(
+    ("told", "tags", "group"),
+    [([], ["tiny", "demo"], "sizes"), (["+logger.tags=[mine]", "+logger.group=g"], ["mine"], "g")],
+)
+def test_a_sweeps_run_has_the_tags_and_the_group_that_the_user_gave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: list[str], tags: list[str], group: str
+) -> None:
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        job = hydra.compose("train", ["name=job", "hydra.sweep.dir=sizes"], return_hydra_config=True)
+    job.hydra.mode = RunMode.MULTIRUN
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", job)
+    run = log_run(tmp_path / "run", *told).run
+    assert (sorted(run.tags), run.run_group) == (sorted(tags), group)
 
 
 @pytest.mark.usefixtures("wandb_free")

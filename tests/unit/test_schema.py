@@ -87,6 +87,7 @@ def test_the_defaults_of_the_other_commands_are_of_their_form(
         ("logger=csv callbacks.lr_monitor=3", "callbacks=.* must be a mapping of callbacks"),
         (f"output_dir={'x' * 256}", "output_dir=x+… must be a path, each of its names of at most 255 bytes"),
         ("model.decoder.name=5", "model.decoder.name=5 must be a path.*, or null"),
+        ("name=5", "name=5 must be text; a number as text in inner quotes: \"'5'\""),
     ],
 )
 def test_a_value_of_another_kind_is_named_with_what_it_must_be(override: str, message: str) -> None:

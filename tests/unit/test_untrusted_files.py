@@ -221,10 +221,11 @@ def test_a_training_that_goes_on_with_a_run_builds_nothing_that_the_run_names(
 
 def test_the_settings_that_every_run_has_may_be_gone_on_with(tmp_path: Path) -> None:
     overrides = [o for o in tiny_overrides(tmp_path, tmp_path / "run") if o != "logger=csv"]
-    config = compose("train", *overrides)
+    config = compose("train", *overrides, "+logger.tags=[mine]")
     config["model"] = tiny_model()
-    run = run_with(tmp_path, **{**config, "name": "mine"})
+    run = run_with(tmp_path, **{**config, "name": 2024})  # as earlier versions took it
     settings = with_settings_of(run, going_on(tmp_path))
+    assert settings["name"] == "2024"
     assert settings["callbacks"] == config["callbacks"]
     assert settings["logger"] == {**config["logger"], "save_dir": str(tmp_path)}, "wherever it was trained"
 

@@ -77,7 +77,7 @@ def caption(cfg: dict[str, Any]) -> list[CaptionedFile]:
     files = find_pictures(cfg["images"])
     out = Path(cfg["out"]).expanduser() if cfg["out"] else _new_folder(run.path / "captions")
     folder = CaptionFolder(out, record)
-    remaining = folder.remaining(files)
+    remaining = folder.remaining(files, transform)
     if remaining:
         _announce(out, named=bool(cfg["out"]), done=len(files) - len(remaining), files=len(files))
         try:

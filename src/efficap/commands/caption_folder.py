@@ -120,6 +120,11 @@ class Pictures(Dataset[tuple[str, Tensor | None, str]]):
             return str(file), None, str(error)
 
 
+def _can_be_read(file: Path, transform: EvaluationTransform) -> bool:
+    _, _, error = Pictures([file], transform)[0]
+    return not error
+
+
 class CaptionFolder:
     """A folder of results: captions.jsonl grows while pictures are captioned, the rest is written at the end.
 
@@ -150,11 +155,16 @@ class CaptionFolder:
     @property
     def is_finished(self) -> bool:
         """Whether all that is written at the end is there."""
-        return self._page.exists()
+        return self._table.exists() and self._page.exists()
 
-    def remaining(self, files: list[Path]) -> list[Path]:
-        """Those of `files` that are not done, in their order."""
-        return [file for file in files if str(file) not in self.results]
+    def remaining(self, files: list[Path], transform: EvaluationTransform) -> list[Path]:
+        """Those of `files` that are not done, in their order; with them what could not be read, and can be now."""
+
+        def is_done(file: Path) -> bool:
+            result = self.results.get(str(file))
+            return result is not None and not (result.error and _can_be_read(file, transform))
+
+        return [file for file in files if not is_done(file)]
 
     def add(self, results: list[CaptionedFile]) -> None:
         """Write the lines of pictures that are done; what was made of fewer pictures is removed."""

@@ -50,10 +50,11 @@ def check_folder(folder: Path, record: dict[str, Any]) -> None:
     file = folder / RECORD
     if not file.is_file():
         return
+    found = json.loads(file.read_text(encoding="utf-8"))
+    same_weights = found.get("weights") == record["weights"]  # those of a run that may have been moved
     # Of earlier versions: all that there was, and of the weights nothing that was written down.
-    once = {"precision": "float32", "attention": {}, "weights": record["weights"]}
-    found = {**once, **json.loads(file.read_text(encoding="utf-8"))}
-    differs = [key for key in record if found.get(key) != record[key]]
+    found = {"precision": "float32", "attention": {}, "weights": record["weights"], **found}
+    differs = [key for key in record if found.get(key) != record[key] and not (key == "run" and same_weights)]
     if differs:
         key, which = differs[0], "other" if differs[0] == "weights" else "another"
         raise InputError(

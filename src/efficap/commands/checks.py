@@ -31,7 +31,7 @@ def loss_probe(subject: Subject, pictures: int) -> GapProbe | None:
     captioner = subject.writer.captioner
     if not isinstance(captioner, CaptionModel) or not pictures:
         return None
-    max_tokens = subject.data.max_tokens
+    max_tokens = min(subject.data.max_tokens, captioner.decoder.wpe.num_embeddings)
     probe = GapProbe(captioner, subject.writer.tokenizer, pictures=pictures, max_tokens=max_tokens)
     subject.writer.on_encoded = probe.keep
     return probe

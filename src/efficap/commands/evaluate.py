@@ -58,7 +58,6 @@ def evaluate(cfg: dict[str, Any]) -> dict[str, Any]:
     check_form(cfg, EVAL)
     join(gpu=cfg["accelerator"] != "cpu" and torch.cuda.is_available())
     check_metrics(cfg["metrics"])
-    _check_counts(cfg)
     if cfg["metrics"] and is_first():
         check_java()
     given = cfg["checks"]["instances"]
@@ -133,12 +132,6 @@ def _signature(subject: Subject, cfg: dict[str, Any], references: dict[str, list
         resamples=cfg["intervals"]["resamples"],
         resample_seed=cfg["intervals"]["seed"],
     )
-
-
-def _check_counts(cfg: dict[str, Any]) -> None:
-    for group, name in (("intervals", "resamples"), ("checks", "loss_pictures")):
-        if cfg[group][name] < 0:
-            raise InputError(f"{group}.{name}={cfg[group][name]} must be at least 0; 0 leaves it out")
 
 
 def _scored(

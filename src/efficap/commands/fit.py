@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.loggers import Logger
 
 from efficap.commands.placement import training_device, used_precision
@@ -39,6 +40,7 @@ def fit(
     tokenizer: CaptionTokenizer,
     decoding: Decoding,
     loggers: list[Logger],
+    keep_settings: Callable[[], None],
 ) -> None:
     """Train from `stage` on; each other stage starts with the weights that the one before ended with.
 
@@ -50,6 +52,7 @@ def fit(
         stage: to begin with; `make_ready` was called for it.
         checkpoint: in it, to go on from; None: from its start.
         data: of each stage, prepared.
+        keep_settings: called before the first step, when nothing can refuse them any more.
     """
     names, before = list(stages), None
     if checkpoint:
@@ -68,6 +71,8 @@ def fit(
         module = build_module(cfg, captioner, tokenizer, decoding, its_data)
         metrics = RunMetrics(run_dir, stage, before)
         callbacks = build_callbacks(cfg, run_dir, its_data, metrics)
+        if before is None:
+            callbacks.insert(0, LambdaCallback(on_train_start=lambda *_: keep_settings()))
         trainer = build_trainer(
             cfg["trainer"],
             loggers,

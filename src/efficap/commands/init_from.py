@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -37,7 +38,7 @@ def model_name(choice: str, init_from: str) -> str:
         config = RunDirectory(init_from, "init_from").config
     except InputError:
         return choice  # the training tells
-    return without_data(str(config["name"]), config["data"])
+    return without_data(config["name"], config["data"])
 
 
 def with_model_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def load_from(run: RunDirectory, captioner: CaptionModel, tokenizer: CaptionToke
 
 
 def _print_transfer(run: RunDirectory, transfer: Transfer) -> None:
-    table = Table(title=f"init_from {run.path.name}")
+    table = Table(title=f"init_from {Path(*run.path.parts[-2:])}")
     table.add_column("weights")
     table.add_column("number", justify="right")
     table.add_column("are")

@@ -25,16 +25,16 @@ _IN_WRITING = 60  # seconds, after which a record that is still empty is that of
 
 
 @contextlib.contextmanager
-def recorded(run_dir: Path) -> Iterator[None]:
+def recorded(run_dir: Path) -> Iterator[bool]:
     """Keep the state of a sweep's job: ``running``, ``done``, ``failed`` or ``interrupted``. What is done stays so.
 
-    A training that is killed stays ``running``, of a process that is gone.
+    Gives whether it is done already. A training that is killed stays ``running``, of a process that is gone.
 
     Raises:
         InputError: the directory is not this job's alone.
     """
     if not is_sweep_job():
-        yield
+        yield False
         return
     hydra = HydraConfig.get()
     own = Path(hydra.runtime.output_dir)
@@ -48,7 +48,7 @@ def recorded(run_dir: Path) -> Iterator[None]:
         "pid": os.getpid(),
     }
     if _is_done(own, job):
-        yield
+        yield True
         return
     try:
         if run_dir.resolve() != own.resolve():
@@ -56,7 +56,7 @@ def recorded(run_dir: Path) -> Iterator[None]:
                 f"output_dir={run_dir} would be that of several jobs; leave it out of a sweep, whose folder "
                 "hydra.sweep.dir=DIR names"
             )
-        yield
+        yield False
     except (Stopped, KeyboardInterrupt, SystemExit):
         _write(own, {**job, "state": "interrupted", "ended": _now()})
         raise

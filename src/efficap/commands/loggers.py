@@ -88,7 +88,8 @@ def _wandb_logger(kind: type[WandbLogger], cfg: dict[str, Any], run_dir: Path) -
     ours = ("_target_", "artifact", "mode")
     mode = cfg["logger"].get("mode") or os.environ.get("WANDB_MODE")  # as it is now: W&B reads that once
     settings = {key: value for key, value in cfg["logger"].items() if key not in ours}
-    settings |= _wandb_run(run_dir) or _new_wandb_run(cfg, run_dir)
+    users = {key: settings[key] for key in ("tags", "group") if settings.get(key)}
+    settings |= (_wandb_run(run_dir) or _new_wandb_run(cfg, run_dir)) | users
     place = settings.get("save_dir", str(run_dir))
     settings = {"name": None, **without_secrets(settings), "save_dir": place}
     try:
@@ -141,7 +142,7 @@ def _wandb_run(run_dir: Path) -> dict[str, Any]:
 
 
 def _new_wandb_run(cfg: dict[str, Any], run_dir: Path) -> dict[str, Any]:
-    """What tells the run from others: it is tagged by the choices that were made, and a sweep's grouped."""
+    """What tells the run from others, if the user does not: tags of the choices that were made, and a sweep's group."""
     if not HydraConfig.initialized() or cfg["resume"] not in (None, "auto"):  # whose choices were made before
         return {}
     hydra = HydraConfig.get()

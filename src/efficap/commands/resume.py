@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 from efficap.commands.run_dir import CONFIG_FILE, RunDirectory
 from efficap.commands.said import OVERRIDES, said_settings
 from efficap.commands.saved_parts import check_saved_parts
-from efficap.commands.stages import is_of_stages
+from efficap.commands.stages import is_of_stages, stages_of
 from efficap.commands.sweep import is_sweep_job
 from efficap.errors import InputError
 from efficap.models.weights import WEIGHTS_FILE
@@ -23,11 +24,13 @@ from efficap.training.progress import METRICS_FILE, is_finished
 # What the next step does not depend on, or what says when training ends.
 _MAY_CHANGE = ("resume", "trainer.", "checkpoint.", "logger", "callbacks.", "gradient_checkpointing")
 # The same of each data set and each stage; the runs of earlier versions lack some.
-_OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction")
+_OF_DATA = ("num_workers", "read_timeout", "max_bad_fraction", "feature_cache_dir")
+_OF_SOME_DATA = {"image_dir", "index_dir", "num_threads"}  # where a data set has them
 _OF_STAGE = ("training.max_bad_steps",)
-# What tells a training from itself when it is started again; and what helps on the way where memory has run out, and
-# changes nothing that is learned.
-_NOT_COMPARED = ("resume", "output_dir", OVERRIDES, "gradient_checkpointing")
+# What tells a training from itself when it is started again; and what changes nothing that is learned. Pictures that
+# lie elsewhere may be others, such as the same in another size.
+_NOT_COMPARED = {"resume", "output_dir", OVERRIDES, "gradient_checkpointing", "max_bad_steps", *_OF_DATA}
+_NOT_COMPARED |= _OF_SOME_DATA - {"image_dir"}
 
 
 def named_run(cfg: dict[str, Any]) -> RunDirectory | None:
@@ -52,13 +55,14 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
     Raises:
         InputError: a sweep's folder holds another training.
     """
-    own = Path(cfg["output_dir"]).absolute()
+    own, said = Path(cfg["output_dir"]).absolute(), said_settings(cfg)
     in_sweep = cfg["resume"] is None and is_sweep_job()
     if in_sweep:
         folders = [own] if (own / CONFIG_FILE).is_file() else []
     else:
         found = own.parent.glob(f"*/{CONFIG_FILE}") if cfg["resume"] == "auto" else []
         folders = sorted((file.parent for file in found), reverse=True)
+    alike: list[RunDirectory] = []
     for folder in folders:
         if not ((folder / METRICS_FILE).is_file() or has_checkpoint(folder)):
             continue
@@ -70,13 +74,14 @@ def same_run(cfg: dict[str, Any]) -> RunDirectory | None:
             continue  # another program's, where hydra.run.dir puts runs among them
         if not (is_finished(run.path) or has_checkpoint(run.path)):
             continue
-        if _compared(run.config) == _compared(cfg):
-            return run
-        if in_sweep:
+        if _compared(run.config, said) == _compared(cfg, said):
+            alike.append(run)
+        elif in_sweep:
             raise InputError(
                 f"{own} holds a training of other settings; hydra.sweep.dir=DIR gives this sweep a folder of its own"
             )
-    return None
+    own_precision = cfg["trainer"]["precision"]
+    return min(alike, key=lambda run: run.config["trainer"].get("precision") != own_precision, default=None)
 
 
 def has_checkpoint(run_dir: Path) -> bool:
@@ -84,18 +89,22 @@ def has_checkpoint(run_dir: Path) -> bool:
     return any((run_dir / "checkpoints" / name).is_file() for name in (LAST, PREVIOUS))
 
 
-def _compared(config: dict[str, Any]) -> str:
-    settings = {key: value for key, value in config.items() if key not in _NOT_COMPARED}
-    settings["stages"] = list((config.get("stages") or {}).items())  # in their order
-    return json.dumps(_placeless(settings, str(config["output_dir"])), sort_keys=True)  # loggers have it too
+def _compared(config: dict[str, Any], said: Collection[str]) -> str:
+    """What tells a training from others; a precision that the command does not name (`said`) may be any."""
+    left_out = _NOT_COMPARED if "trainer.precision" in said else _NOT_COMPARED | {"precision"}
+    settings = {**config, "stages": list((config.get("stages") or {}).items())}  # in their order
+    placeless = _placeless(settings, left_out, str(config["output_dir"]))  # loggers have it too
+    return json.dumps(placeless, sort_keys=True)
 
 
-def _placeless(settings: Any, folder: str) -> Any:
-    """The settings without the path of a folder in any of their texts."""
+def _placeless(settings: Any, left_out: Collection[str], folder: str) -> Any:
+    """The settings without some, wherever they stand, and without the path of a folder in any of their texts."""
     if isinstance(settings, dict):
-        return {key: _placeless(value, folder) for key, value in settings.items()}
+        return {
+            key: _placeless(value, left_out, folder) for key, value in settings.items() if key not in left_out
+        }
     if isinstance(settings, list | tuple):
-        return [_placeless(value, folder) for value in settings]
+        return [_placeless(value, left_out, folder) for value in settings]
     return settings.replace(folder, "") if isinstance(settings, str) else settings
 
 
@@ -126,8 +135,12 @@ def with_settings_of(run: RunDirectory, cfg: dict[str, Any]) -> dict[str, Any]:
     if cfg["resume"] not in (None, "auto"):
         settings |= _said_beside(run, cfg, said)
         check_saved_parts(settings, said, str(run.path / CONFIG_FILE))
-    elif "gradient_checkpointing" in said:  # all else that is compared is the same
-        settings["gradient_checkpointing"] = cfg["gradient_checkpointing"]
+    else:  # all that is compared is the same
+        for key in ("gradient_checkpointing", *_of_parts(run.config)):
+            if key in said or re.sub(r"^stages\.[^.]+\.", "", key) in said:
+                settings = _changed(settings, cfg, key.split("."))
+    if settings["stages"]:  # the last one's are the run's own
+        *_, settings = stages_of(settings).values()
     if isinstance(settings["logger"], dict):
         settings["logger"] = _at_home(settings["logger"], run, cfg, said)
     return settings
@@ -142,11 +155,9 @@ def _said_beside(run: RunDirectory, cfg: dict[str, Any], said: Mapping[str, str]
             continue  # said once more, for a run's own code is not imported
         is_of_all = key.startswith(_MAY_CHANGE) and not (own["stages"] and is_of_stages(key))
         if not is_of_all and key not in of_parts:
-            name, value = key.rpartition(".")[2], override.partition("=")[2]
-            there = [f"++{part}={value}" for part in of_parts if part.endswith(f".{name}")]
             raise InputError(
                 f"{override}: resume={cfg['resume']} goes on with that run's own settings; leave it out, or start anew "
-                f"with init_from={cfg['resume']}{'; here it is ' if there else ''}{', '.join(there)}"
+                f"with init_from={cfg['resume']}{_instead(override, run, cfg)}"
             )
         group, _, rest = key.partition(".")
         if rest:
@@ -154,6 +165,17 @@ def _said_beside(run: RunDirectory, cfg: dict[str, Any], said: Mapping[str, str]
         elif group != "resume":
             changed[group] = cfg[group]
     return changed
+
+
+def _instead(override: str, run: RunDirectory, cfg: dict[str, Any]) -> str:
+    """What says the same of a run's parts, one by one, as a word that is refused."""
+    key, _, value = override.lstrip("+").partition("=")
+    name = key.rpartition(".")[2]
+    parts = [f"++{part}={value}" for part in _of_parts(run.config) if part.endswith(f".{name}")]
+    if key == "trainer":  # its options differ in these
+        chosen = [(f"trainer.{name}", cfg["trainer"][name]) for name in ("accelerator", "strategy")]
+        parts = [f"{part}={value or 'null'}" for part, value in chosen if value != _at(run.config, part)]
+    return f"; here it is {', '.join(parts)}" if parts else ""
 
 
 def _at_home(
@@ -178,9 +200,12 @@ def _of_parts(config: dict[str, Any]) -> list[str]:
     stages = {f"stages.{name}.": stage for name, stage in (config.get("stages") or {}).items()}
     keys: list[str] = []
     for where, stage in (stages or {"": config}).items():
-        sources = [f"sources.{name}." for name in stage["data"].get("sources", [])] or [""]
-        keys += [f"{where}data.{source}{name}" for source in sources for name in _OF_DATA]
+        sources = {f"sources.{name}.": source for name, source in stage["data"].get("sources", {}).items()}
+        for source, data in (sources or {"": stage["data"]}).items():
+            names = [*_OF_DATA, *sorted(_OF_SOME_DATA & data.keys())]
+            keys += [f"{where}data.{source}{name}" for name in names]
         keys += [f"{where}{name}" for name in _OF_STAGE]
+        keys += [f"{where}trainer.{name}" for name in stage.get("trainer", {}) if where]
     return keys
 
 

@@ -64,6 +64,7 @@ class RunDirectory:
             check_form(self.config, RUN)
         except InputError as error:
             raise InputError(f"{file}: {error}") from error
+        self.config["name"] = str(self.config["name"])  # earlier versions took a number
         self.export: dict[str, Any] = self.config.get("export") or {}
         if not isinstance(self.export, dict):
             raise InputError(f"{file}: export={self.export} must be a mapping, or left out")

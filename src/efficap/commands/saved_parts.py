@@ -75,7 +75,9 @@ def check_saved_parts(config: dict[str, Any], said: Collection[str], where: str)
                         f"{where}: {setting}={value} is none of {', '.join(sorted(targets))}; a run's own code is not "
                         f"imported; ++{setting}={value} on the command line is"
                     )
-            elif str(key).startswith("_") or (group == "logger" and key not in _WANDB_ARGUMENTS):
+            elif str(key).startswith("_") or (
+                group == "logger" and isinstance(key, str) and key not in _WANDB_ARGUMENTS
+            ):
                 raise InputError(
                     f"{where}: {setting} is not taken from a run; say ++{setting}=VALUE on the command line"
                 )

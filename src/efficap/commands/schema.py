@@ -128,7 +128,7 @@ _TRAINING: Form = {
 }
 
 TRAIN: Form = {
-    "name": NAME,
+    "name": TEXT,
     "seed": whole(0, (1 << 32) - 1),
     "init_from": or_null(PATH),
     "resume": or_null(PATH),
@@ -202,7 +202,7 @@ DATA: Form = {
     "quarantine": optional(or_null(PATH)),
     "check_images": optional(FLAG),
     "require_captions": optional(FLAG),
-    "root": optional(PATH),
+    "root": optional(or_null(PATH)),
     "demo_seed": optional(whole(0)),
     "shards": optional(or_null(_PATHS)),
     "val_shards": optional(or_null(_PATHS)),
@@ -233,8 +233,8 @@ EVAL: Form = {
     "split": TEXT,
     "data": {},
     "metrics": list_of(TEXT, "names"),
-    "intervals": {"resamples": whole(most=10_000_000), "seed": whole(0)},
-    "checks": {"loss_pictures": whole(), "instances": or_null(PATH)},
+    "intervals": {"resamples": whole(0, 10_000_000), "seed": whole(0)},
+    "checks": {"loss_pictures": whole(0), "instances": or_null(PATH)},
     "by": or_null(TEXT),
     "decoding": _DECODING,
     "gallery": whole(0),

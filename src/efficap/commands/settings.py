@@ -31,7 +31,7 @@ def resolved_settings(cfg: dict[str, Any]) -> tuple[dict[str, Any], RunDirectory
     """The settings with all that they leave to other things, the run to start from, and the run to go on with."""
     resumed = named_run(cfg)
     if resumed:
-        cfg = with_settings_of(resumed, cfg)
+        cfg = _with_absolute_paths(with_settings_of(resumed, cfg))
     init_from = None
     if not resumed:
         init_from = _start(cfg) if cfg["init_from"] is not None else None
@@ -69,9 +69,11 @@ def _with_absolute_paths(cfg: dict[str, Any]) -> dict[str, Any]:
     return {**cfg, "data": _absolute_data(cfg["data"]), "stages": absolute or None}
 
 
-def _absolute_data(data: dict[str, Any]) -> dict[str, Any]:
+def _absolute_data(data: Any) -> Any:
+    if not isinstance(data, dict):  # `check_data` tells
+        return data
     data = {key: _absolute(value) if key in _PATHS else value for key, value in data.items()}
-    if "sources" in data:
+    if isinstance(data.get("sources"), dict):
         data["sources"] = {name: _absolute_data(source) for name, source in data["sources"].items()}
     return data
 

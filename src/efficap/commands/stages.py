@@ -81,14 +81,7 @@ def stages_of(cfg: Settings) -> dict[str | None, Settings]:
 
 def is_of_stages(key: str) -> bool:
     """Whether each stage has a value of its own of this setting."""
-    own: Any = _OWN
-    for part in key.split("."):
-        if part not in own:
-            return False
-        own = own[part]
-        if own is None:
-            return True
-    return True
+    return f"{key}.".startswith(tuple(f"{leaf}." for leaf in _leaves(_OWN)))
 
 
 @contextlib.contextmanager

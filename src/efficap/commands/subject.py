@@ -16,6 +16,7 @@ from torch import Tensor
 
 from efficap.commands.entry import CONF
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.saved_parts import DATA_MODULES
 from efficap.data.caption_data import CaptionData
 from efficap.data.csv import CSVDataModule
 from efficap.data.pool import tracked
@@ -25,8 +26,6 @@ from efficap.models.build import preprocessing
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble, Member
 from efficap.training.writer import CaptionWriter
-
-_CSV = f"{CSVDataModule.__module__}.{CSVDataModule.__qualname__}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +84,8 @@ def open_run(cfg: dict[str, Any]) -> Subject:
     side = run.config["model"]["image_size"]
     batch_size = writer.find_batch_size(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
     data = _prepared_data(run, preprocessing(run.config["model"]), cfg, tokenizer, batch_size)
-    name = str(run.config["name"])
-    return Subject(name, run.path / "eval", [], _name(precision), writer, device, run, [data])
+    out = run.path / "eval"
+    return Subject(run.config["name"], out, [], _name(precision), writer, device, run, [data])
 
 
 def open_ensemble(cfg: dict[str, Any]) -> Subject:
@@ -167,7 +166,8 @@ def _settings(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]
     own: dict[str, Any] = config["data"]
     if "table" not in changes or "_target_" in changes:
         return own
-    if own.get("_target_") == _CSV:
+    is_table = DATA_MODULES.get(str(own.get("_target_"))) is CSVDataModule
+    if is_table or "root" in changes:  # or the built-in pictures, in another folder
         return {**own, "table": None}  # a mapping of splits to files takes its place and does not join it
     if "sources" in own:
         own = own["sources"].get(own.get("evaluate_on"), {})

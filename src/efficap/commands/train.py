@@ -61,7 +61,10 @@ def train(cfg: dict[str, Any]) -> Path:
     asked = Path(cfg["output_dir"])
     if is_sweep_job() and "/" in cfg["name"]:
         raise InputError(f"name={cfg['name']} must be without / in a sweep, where each job is a folder")
-    with recorded(asked):
+    with recorded(asked) as is_done:
+        if is_done:  # whatever has become of its run since
+            print(f"finished already: {asked}")
+            return asked
         resolved, init_from, resumed, finished = from_first(lambda: _settings(cfg, asked))
         if finished:
             print(f"finished already: {resolved['output_dir']}")
@@ -153,7 +156,8 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     checkpoint = from_first(lambda: Checkpoint.read(checkpoint_of(resumed.path))) if resumed else None
     stage = checkpoint.stage if checkpoint else Stage.first(list(stages))
     if checkpoint:
-        check_limits(checkpoint, stages[stage.name]["trainer"])
+        with naming(stage.name):
+            check_limits(checkpoint, stages[stage.name]["trainer"])
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(begun(run_dir)))
         data = _data(stages)
@@ -171,12 +175,15 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         _load(captioner, cfg, tokenizer, init_from, checkpoint)
         make_ready(captioner, stages[stage.name], data[stage.name])
         log = log_until(resumed, checkpoint) if resumed and checkpoint else None
-        if is_first():
-            write_run(run_dir, {**cfg, "resume": None}, tokenizer)
+
+        def keep_settings() -> None:
+            if is_first():
+                write_run(run_dir, {**cfg, "resume": None}, tokenizer)
+
         with _ending(run_dir):
             loggers = build_loggers(cfg, run_dir, log)
             with losses_named():
-                fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers)
+                fit(stages, stage, checkpoint, data, captioner, tokenizer, decoding, loggers, keep_settings)
     log_artifact(cfg["logger"], run_dir)
     finish_wandb(exit_code=0)
     print(f"run directory: {run_dir}")

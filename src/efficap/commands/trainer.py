@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import functools
 import logging
 import re
 import warnings
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,15 @@ from efficap.training.resume_point import ResumePoint
 from efficap.training.run_metrics import RunMetrics
 
 _PRECISIONS = (None, "32-true", "bf16-mixed", "16-mixed")  # the weights stay float32
+# What the Trainer can be told, but for what a training tells it itself.
+_SETTINGS = signature(pl.Trainer).parameters.keys() - {
+    "default_root_dir",
+    "logger",
+    "callbacks",
+    "num_sanity_val_steps",
+    "use_distributed_sampler",
+    "enable_model_summary",
+}
 
 
 def leave_out_lightnings_chatter() -> None:
@@ -50,9 +61,10 @@ def check_trainer(trainer: dict[str, Any]) -> None:
     """Check what Lightning would only use later, and what it is not asked for.
 
     Raises:
-        InputError: a time or a number of batches that is none, a precision whose weights are not float32, or another
-            way of clipping.
+        InputError: a setting that the Trainer does not have, a time or a number of batches that is none, a precision
+            whose weights are not float32, or another way of clipping.
     """
+    _check_names(trainer)
     for key, null in (
         ("max_time", "no limit"),
         ("val_check_interval", "the end of each epoch"),
@@ -74,6 +86,13 @@ def check_trainer(trainer: dict[str, Any]) -> None:
             f"trainer.gradient_clip_algorithm={trainer['gradient_clip_algorithm']}: leave it out; "
             "trainer.gradient_clip_val clips the norm, optimizer.clip_value each element"
         )
+
+
+def _check_names(trainer: dict[str, Any]) -> None:
+    for key in trainer.keys() - _SETTINGS:
+        near = difflib.get_close_matches(str(key), sorted(_SETTINGS), n=3, cutoff=0.6)
+        nearest = f"; nearest: {', '.join(near)}" if near else ""
+        raise InputError(f"trainer.{key}={trainer[key]} is no setting of Lightning's Trainer here{nearest}")
 
 
 def _check_interval(trainer: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from efficap.evaluation.report import plot_curves
 from efficap.files import replacing
 from efficap.ranks import summed
 from efficap.training.module import CaptionModule
-from efficap.training.progress import METRICS_FILE
+from efficap.training.progress import METRICS_FILE, metrics_of
 from efficap.training.stage import Stage
 from efficap.training.trainer_data import TrainerData
 from efficap.training.writing import only_warning, or_the_end
@@ -69,6 +69,10 @@ class RunMetrics(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._resumed_at = self._drawn_at = time.monotonic()
+        before = metrics_of(self.run_dir)
+        if before.get("finished") and trainer.is_global_zero:  # and is gone on with beyond its end
+            with only_warning("metrics.json"):
+                self._replace({**before, "finished": False})
 
     def on_train_batch_end(
         self,
@@ -80,7 +84,9 @@ class RunMetrics(Callback):
     ) -> None:
         pairs = summed((batch.lengths > 0).sum())
         self.pairs = pairs if self.pairs is None else self.pairs.to(pairs.device) + pairs
-        if self._steps(trainer) % trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+        due = self._steps(trainer) % trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        # Not with each of the batches that the next step adds up.
+        if due and not trainer.fit_loop._should_accumulate():
             pl_module.log("train/pairs_per_second", self._rate())
             pl_module.log("train/pairs", self.pairs.float())  # so far: what learning curves are compared over
             pl_module.log("train/bad_steps", self.bad_steps.float())
