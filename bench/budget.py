@@ -38,7 +38,7 @@ SIZES = [
     "model.decoder.n_layer=4",
     "model.decoder.n_embd=256",
     "data.batch_size=32",  # pictures, likewise
-    "data.crop_scale=[0.9,1.0]",  # it sees its pictures some ten times: too few to learn them by heart
+    "data.crop_scale=[0.9,1.0]",  # it sees its pictures two to ten times: too few to learn them by heart
 ]
 MANY_STEPS = ["training.hidden_captions=[1.0,0.4]"]  # a thousand steps would learn the captions by heart
 FEW_STEPS = [  # two hundred hardly learn what a sentence is

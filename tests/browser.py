@@ -6,7 +6,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,26 +17,32 @@ PATIENCE = 60_000  # milliseconds: a busy machine is slow, and no test asserts h
 
 
 @contextmanager
-def browser_tab(profile: Path, **options: Any) -> Iterator[Any]:
-    """A Playwright page in a browser of its own; the test skips where there is no browser or no Playwright.
-
-    Args:
-        profile: an empty folder for what the browser keeps.
-        options: of Playwright's `launch_persistent_context`, such as ``viewport`` and ``color_scheme``.
-    """
+def open_browser() -> Iterator[Any]:
+    """Playwright's browser; the test skips where there is none or no Playwright."""
     playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     browser = next(filter(None, map(shutil.which, BROWSERS)), None)
     if browser is None:
         pytest.skip(f"none of {', '.join(BROWSERS)} is on the PATH")
-    with playwright.sync_playwright() as driver:
-        context = driver.chromium.launch_persistent_context(
-            profile, executable_path=browser, chromium_sandbox=False, args=QUIET, timeout=PATIENCE, **options
-        )
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(
+            executable_path=browser, chromium_sandbox=False, args=QUIET, timeout=PATIENCE
+        ) as opened,
+    ):
+        yield opened
+
+
+@contextmanager
+def browser_tab(browser: Any, **options: Any) -> Iterator[Any]:
+    """A page of a browser that knows nothing of its others.
+
+    Args:
+        browser: of `open_browser`.
+        options: of Playwright's `new_context`, such as ``viewport`` and ``color_scheme``.
+    """
+    with browser.new_context(**options) as context:
         context.set_default_timeout(PATIENCE)
-        try:
-            yield context.new_page()
-        finally:
-            context.close()
+        yield context.new_page()
 
 
 def eventually(tab: Any, expression: str) -> None:

@@ -93,6 +93,7 @@ def test_processes_share_the_shards(run_and_shards: tuple[Path, Path], tmp_path:
         if (found := re.search(r"(\d+) pictures captioned", process.errors))
     ]
     assert sum(counts) == 120, "each picture once, by one of the two"
+    assert len(counts) == 2
     assert len(lines(tmp_path)) == 120
 
 

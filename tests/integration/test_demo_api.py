@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import json
 import random
 import struct
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,14 +17,17 @@ from typing import Any
 
 import pytest
 from conftest import write_colour_table, write_random_run
-from PIL import Image
-
-pytest.importorskip("gradio", reason="the demo's packages are not installed: pip install 'efficap[demo]'")
-
 from demo_server import Served, served
+from PIL import Image
 
 from efficap import Captioner
 from efficap.training.writer import WrittenCaption
+
+# Not imported for it: gradio takes seconds, of each process that collects tests.
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("gradio") is None,
+    reason="the demo's packages are not installed: pip install 'efficap[demo]'",
+)
 
 MAX_BYTES, MAX_PIXELS = 100_000, 250_000
 LIMITS = [f"max_bytes={MAX_BYTES}", f"max_pixels={MAX_PIXELS}", "max_seconds=1"]
@@ -45,6 +50,13 @@ def runs(folder: Path) -> list[Path]:
 def server(folder: Path, runs: list[Path]) -> Iterator[Served]:
     with served(folder.parent / "uploads", runs, *LIMITS) as server:
         yield server
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    limit = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < limit
+        time.sleep(0.01)
 
 
 @pytest.fixture
@@ -267,8 +279,7 @@ def test_those_who_ask_at_once_share_a_batch_and_get_their_own_captions(
     monkeypatch.setattr(queue, "_work", counted)
     with ThreadPoolExecutor(len(pictures)) as threads:
         asked = threads.map(server.caption, pictures)
-        while queue._taken < len(pictures) or len(queue._waiting) + sizes[0] < len(pictures):
-            threading.Event().wait(0.01)
+        wait_until(lambda: sizes and len(queue._waiting) + sizes[0] == len(pictures))
         go.set()
         for (status, answer), (_, expected) in zip(asked, alone, strict=True):
             assert status == 200
@@ -289,8 +300,7 @@ def test_too_many_at_once_are_told_to_come_back(folder: Path, runs: list[Path], 
         queue._work = slow
         with ThreadPoolExecutor(2) as threads:
             asked = [threads.submit(server.caption, good) for _ in range(2)]
-            while queue._taken < 2:
-                threading.Event().wait(0.01)
+            wait_until(lambda: queue._taken == 2)
             status, headers, body = server.ask("POST", "/caption", good)
             go.set()
             assert [answer.result()[0] for answer in asked] == [200, 200]

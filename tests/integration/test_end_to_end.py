@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
 import re
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from conftest import compose, tiny_overrides
+from conftest import compose, tiny_overrides, write_colour_table, write_random_run
 from hydra.errors import HydraException
 from PIL import Image
 from safetensors.torch import load_file
@@ -32,8 +33,6 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(table folder, run directory) of a training on plain colours."""
-    from conftest import write_colour_table
-
     folder = write_colour_table(tmp_path_factory.mktemp("colours"))
     run_dir = tmp_path_factory.mktemp("outputs") / "run"
     return folder, train(compose("train", *tiny_overrides(folder, run_dir)))
@@ -116,6 +115,26 @@ def test_a_run_moved_elsewhere_still_evaluates(trained: tuple[Path, Path], tmp_p
         assert evaluate(compose("eval", f"run={moved}", "metrics=[CIDEr]"))["images"] == 4
     finally:
         moved.rename(run)
+
+
+def test_a_run_on_the_built_in_pictures_is_evaluated_where_they_may_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(root: Path, *, seed: int) -> None:
+        if root == Path("/dev/null/demo"):
+            raise NotADirectoryError(errno.ENOTDIR, "Not a directory")
+        write_colour_table(root)
+
+    monkeypatch.setattr("efficap.data.demo.module.write_demo", draw)
+    run = write_random_run(tmp_path / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["data"] = compose("train", "name=x", "output_dir=x", "data.root=/dev/null/demo")["data"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    command = [f"run={run}", "metrics=[]", "gallery=0", "accelerator=cpu", "+data.num_workers=0"]
+    with pytest.raises(InputError, match=r"cannot be written: Not a directory; .*, in eval.py (.*)$") as told:
+        evaluate(compose("eval", *command))
+    advice = str(told.value).partition("eval.py ")[2].replace("DIR", str(tmp_path / "demo")).split()
+    assert evaluate(compose("eval", *command, *advice))["images"] == 4
 
 
 def test_captioning_a_folder_lists_what_is_no_picture_and_goes_on(
@@ -239,7 +258,7 @@ def test_a_clock_limit_ends_training_annealed_and_validated(colour_table: Path, 
             "train",
             *tiny_overrides(colour_table, tmp_path / "run"),
             "trainer.max_epochs=-1",
-            "trainer.max_time='00:00:00:04'",
+            "trainer.max_time='00:00:00:02'",
             "trainer.check_val_every_n_epoch=null",
             "trainer.val_check_interval='00:01:00:00'",
         )

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import signal
-import time
 from pathlib import Path
 
 import pandas as pd
@@ -15,7 +12,6 @@ import torch
 import yaml
 from conftest import compose, going_on, tiny_overrides, write_colour_table
 from safetensors.torch import load_file
-from started import Started
 from test_resume import CHANCE, KilledError, assert_equal_runs, die_at, kill, log_of, terminate
 
 from efficap.batch import CaptionBatch
@@ -292,38 +288,22 @@ def test_a_run_goes_on_with_its_own_stages(
             InputError, match=rf"{re.escape(change)}: resume=\S+ goes on with that run's own settings"
         ):
             train(going_on(run, change))
-    for group, name in (("data", "num_workers"), ("training", "max_bad_steps")):
+    with pytest.raises(
+        InputError, match=r"here it is \+\+stages.first.trainer.max_epochs=5, \+\+stages.second"
+    ):
+        train(going_on(run, "trainer.max_epochs=5"))
+    for group, name in (("data", "num_workers"), ("training", "max_bad_steps"), ("trainer", "max_epochs")):
         change = f"++stages.second.{group}.{name}=7"
         cfg = going_on(run, change)
-        settings, own = with_settings_of(RunDirectory(run), cfg)["stages"], RunDirectory(run).config["stages"]
+        changed = with_settings_of(RunDirectory(run), cfg)
+        settings, own = changed["stages"], RunDirectory(run).config["stages"]
         assert settings["first"] == own["first"]
         assert settings["second"] == {**own["second"], group: {**own["second"][group], name: 7}}
+        assert changed[group][name] == 7, "the last one's are the run's own"
     turned = overrides(folders, tmp_path / "turned", "resume=auto")
     turned = [o for o in turned if "stages.first" not in o] + [o for o in turned if "stages.first" in o]
     assert train(compose("train", *turned)) == tmp_path / "turned", "another order is another training"
     assert train(compose("train", *overrides(folders, tmp_path / "again", "resume=auto"))) == run
     assert json.loads((run / "metrics.json").read_text())["finished"] is True
-
-
-def stage_at(file: Path) -> str | None:
-    """The stage of a checkpoint, unless there is none or it is just about to be another."""
-    with contextlib.suppress(InputError, FileNotFoundError):
-        return Checkpoint.read(file).stage.name if file.is_file() else None
-    return None
-
-
-def test_processes_that_are_killed_in_each_stage(
-    folders: dict[str, Path], whole: Path, tmp_path: Path
-) -> None:
-    """The real thing: kill -9 in the first stage and in the second, from the command line."""
-    run = tmp_path / "run"
-    again = [f"resume={run}"]
-    for stage, arguments in (("first", overrides(folders, run)), ("second", again), (None, again)):
-        process = Started("train.py", *arguments, f"hydra.run.dir={tmp_path / 'hydra'}")
-        file = run / "checkpoints" / LAST
-        while process.is_alive() and not (stage and stage_at(file) == stage):
-            time.sleep(0.002)
-        if stage:
-            process.send(signal.SIGKILL)
-        assert process.wait(200) in (0, -9)  # it may have been at its end
-    assert_equal_runs(run, whole)
+    train(going_on(run, "++stages.second.trainer.max_steps=7"))
+    assert json.loads((run / "metrics.json").read_text())["steps"] == STEPS["first"] + 7
