@@ -30,6 +30,7 @@ from efficap.commands.stages import naming, stages_of
 from efficap.commands.stopped import way_on
 from efficap.commands.sweep import is_sweep_job
 from efficap.commands.trainer import check_trainer, leave_out_lightnings_chatter
+from efficap.commands.words import captions_of, owners, teach_words, tokenizer_of
 from efficap.data.caption_data import CaptionData
 from efficap.decoding import build_decoding
 from efficap.errors import InputError
@@ -162,9 +163,9 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         from_first(lambda: held.enter_context(begun(run_dir)))
         data = _data(stages)
         tokenizer = from_first(
-            lambda: _tokenizer(cfg["model"]["tokenizer"], data, resumed, init_from), "the tokenizer"
+            lambda: tokenizer_of(cfg["model"]["tokenizer"], data, resumed, init_from), "the tokenizer"
         )
-        for its_data, name in _owners(data).items():
+        for its_data, name in owners(data).items():
             with naming(name):
                 its_data.prepare(tokenizer, **preprocessing(cfg["model"]), splits=["train", "val"])
         captioner = build_model(cfg["model"], tokenizer.vocab_size)
@@ -172,7 +173,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
         for name in stages:
             with naming(name):
                 _check_length(captioner, "data.max_tokens", data[name].max_tokens)
-        _load(captioner, cfg, tokenizer, init_from, checkpoint)
+        _load(captioner, cfg, data, tokenizer, init_from, checkpoint)
         make_ready(captioner, stages[stage.name], data[stage.name])
         log = log_until(resumed, checkpoint) if resumed and checkpoint else None
 
@@ -192,6 +193,7 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
 def _load(
     captioner: CaptionModel,
     cfg: dict[str, Any],
+    data: dict[str | None, CaptionData],
     tokenizer: CaptionTokenizer,
     init_from: RunDirectory | None,
     checkpoint: Checkpoint | None,
@@ -204,6 +206,8 @@ def _load(
     else:
         with first_alone("download the weights"):
             load_first_weights(captioner, cfg["model"])
+        if not cfg["model"]["decoder"]["pretrained"]:
+            teach_words(captioner.decoder, captions_of(data), tokenizer)
     if world_size() > 1 and choose_device(cfg["trainer"]["accelerator"]).type == "cuda":
         captioner.encoder.share_statistics()
     if cfg["gradient_checkpointing"]:
@@ -268,35 +272,6 @@ def _data(stages: dict[str | None, dict[str, Any]]) -> dict[str | None, CaptionD
             # Shards are indexed now, while the others wait for days and not for minutes, as in `from_first`.
             _ = data[name].training_size
     return data
-
-
-def _tokenizer(
-    settings: dict[str, Any],
-    data: dict[str | None, CaptionData],
-    resumed: RunDirectory | None,
-    init_from: RunDirectory | None,
-) -> CaptionTokenizer:
-    if resumed:
-        return resumed.tokenizer()
-    if init_from and settings == init_from.config["model"]["tokenizer"]:
-        return init_from.tokenizer()
-    if settings["name"] is not None:
-        return CaptionTokenizer.pretrained(settings["name"])
-    return CaptionTokenizer.learn(_captions(data), settings["vocab_size"])
-
-
-def _captions(data: dict[str | None, CaptionData]) -> Iterator[str]:
-    for its_data, name in _owners(data).items():
-        with naming(name):
-            yield from its_data.training_captions()
-
-
-def _owners(data: dict[str | None, CaptionData]) -> dict[CaptionData, str | None]:
-    """Each of the data once, with the first stage that has it."""
-    owners: dict[CaptionData, str | None] = {}
-    for name, its_data in data.items():
-        owners.setdefault(its_data, name)
-    return owners
 
 
 def _check_length(captioner: CaptionModel, setting: str, value: int) -> None:
