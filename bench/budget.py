@@ -44,6 +44,7 @@ MANY_STEPS = ["training.hidden_captions=[1.0,0.4]"]  # a thousand steps would le
 FEW_STEPS = [  # three hundred: cheap ones first, of the picture alone, and sentences once its words are known
     "training.hidden_captions=[1.0,0.0]",
     "training.start_size=64",
+    "training.label_smoothing=0.1",  # beams repeat themselves less
     *(f"model.lr.{part}=3e-3" for part in ("encoder", "bridge", "decoder")),
 ]
 
