@@ -12,9 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-SMOOTHING = (
-    0.75  # exponent of how frequent a neighbour is (Levy et al., 2015, https://aclanthology.org/Q15-1016)
-)
+SMOOTHING = 0.75  # exponent of a neighbour's frequency (Levy et al., 2015, https://aclanthology.org/Q15-1016)
 STD = 0.04  # of the values: twice GPT-2's, so that what training adds at first does not drown them
 _MORE = 16  # directions that the search for the largest D looks at besides
 
