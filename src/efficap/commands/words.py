@@ -49,12 +49,14 @@ def owners(data: dict[str | None, CaptionData]) -> dict[CaptionData, str | None]
 
 
 def teach_words(decoder: GPT2, captions: Iterable[str], tokenizer: CaptionTokenizer) -> None:
-    """Let a decoder that starts from nothing begin with the vectors of the words that its captions have."""
+    """Add, to the random vectors of a decoder that starts from nothing, those of the words that its captions have.
+
+    Both weigh alike: "red" and "blue", which may have the same neighbours throughout, have to be told apart.
+    """
 
     def vectors() -> Tensor:
         ids, _ = tokenizer.encode(list(captions), decoder.wpe.num_embeddings)
         return word_vectors(ids, *decoder.wte.weight.shape)
 
-    found = from_first(vectors, "the words' vectors")  # (V, D)
     with torch.no_grad():
-        decoder.wte.weight.copy_(torch.where(found.any(dim=1, keepdim=True), found, decoder.wte.weight))
+        decoder.wte.weight += from_first(vectors, "the words' vectors")  # (V, D)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 SMOOTHING = 0.75  # exponent of a neighbour's frequency (Levy et al., 2015, https://aclanthology.org/Q15-1016)
-STD = 0.04  # of the values: twice GPT-2's, so that what training adds at first does not drown them
+STD = 0.02  # of the values, GPT-2's own
 _MORE = 16  # directions that the search for the largest D looks at besides
 
 
@@ -32,7 +32,10 @@ def word_vectors(captions: Iterable[Sequence[int]], vocab_size: int, width: int)
     Returns:
         (V, D) float32, with a standard deviation of `STD`; rows of words without a neighbour are zero.
     """
-    ids = pad_sequence([torch.tensor(caption) for caption in captions], padding_value=-1)  # (longest, n)
+    rows = [torch.tensor(caption) for caption in captions]
+    if not rows:
+        return torch.zeros(vocab_size, width)
+    ids = pad_sequence(rows, padding_value=-1)  # (longest, n)
     is_pair = ids[1:] >= 0
     before, after = ids[:-1][is_pair], ids[1:][is_pair]
     neighbours = [information(after, before, vocab_size), information(before, after, vocab_size)]
