@@ -91,7 +91,7 @@ def test_the_reward_rises(start: tuple[Path, Path], tmp_path: Path) -> None:
     ]
     run = train(compose("train", *from_run(start, tmp_path / "run", *changes)))
     reward = pd.read_csv(run / "metrics.csv")["train/reward"].dropna()
-    assert reward[-10:].mean() > 1.3 * reward[:10].mean()
+    assert reward[-10:].mean() > 1.1 * reward[:10].mean()
 
 
 def test_training_starts_from_the_runs_weights(start: tuple[Path, Path], tmp_path: Path) -> None:
