@@ -40,12 +40,12 @@ SIZES = [
     "model.decoder.n_embd=256",
     "data.batch_size=32",  # pictures, likewise
     "data.crop_scale=[0.9,1.0]",  # it sees its pictures two to ten times: too few to learn them by heart
+    *(f"model.lr.{part}=3e-3" for part in ("encoder", "bridge", "decoder")),
 ]
-MANY_STEPS = ["training.hidden_captions=[1.0,0.4]"]  # a thousand steps would learn the captions by heart
+MANY_STEPS = ["training.hidden_captions=[1.0,0.4]"]  # a thousand would learn the captions by heart
 FEW_STEPS = [  # three hundred: cheap ones first, of the picture alone, and sentences once its words are known
     "training.hidden_captions=[1.0,0.0]",
     "training.start_size=64",
-    *(f"model.lr.{part}=3e-3" for part in ("encoder", "bridge", "decoder")),
 ]
 FEW_STEPS_REWARD = ["training.cross_entropy=1.0", "training.lr_scale=0.1"]  # with larger steps one seed lost
 
