@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as efficap sets it, before torch is loaded
 os.environ.setdefault("WANDB_MODE", "disabled")
 
 ROOT = Path(__file__).parents[1]

@@ -23,7 +23,7 @@ from dataclasses import replace
 from typing import Any
 
 if __name__ == "__main__":  # and not in the plain way's process
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # as efficap sets it, before torch is loaded
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as efficap sets it, before torch is loaded
 
 import lightning.pytorch as pl
 import torch

@@ -174,7 +174,7 @@ def tune_process() -> None:
     # An OpenMP thread that spins while it waits holds up the one it waits for wherever cores are shared, with loader
     # processes or other virtual machines: a step was seen to take seven times as long. One that sleeps at once has to
     # be woken for each small operation, a sixth of a step. So it spins for some microseconds (docs/benchmarks.md).
-    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # for other libraries than GNU's
     # glibc hands large tensors back to the system and asks for them anew at each step: a fifth of a training step's
     # core time was seen to go into clearing those pages. M_MMAP_MAX = 0, M_TRIM_THRESHOLD = as much as there is.
