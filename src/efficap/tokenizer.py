@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -23,6 +24,14 @@ from efficap.tokenizer_files import (
     read_tokenizer,
     tokenizer_files,
 )
+from efficap.word_places import (
+    CAPTIONS,
+    PLACES,
+    Frequencies,
+    load_frequencies,
+    place_frequencies,
+    save_frequencies,
+)
 
 MOST_IDS = 1 << 24  # of any tokenizer there is a quarter of a million; a made-up one can name the id 2**32
 MOST_SPELLINGS = 20_000  # divisions of a word into tokens
@@ -42,6 +51,7 @@ class CaptionTokenizer:
     Attributes:
         bos_id, eos_id, pad_id: int.
         vocab_size: one more than the largest id, special tokens included.
+        frequencies: (T, V) of each token at each of the first T places of captions; None unless they were counted.
 
     Raises:
         InputError: it has no such tokens, or ids beyond `MOST_IDS`.
@@ -64,6 +74,7 @@ class CaptionTokenizer:
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
         self._names = (bos, eos)
+        self.frequencies: Frequencies | None = None
         self.bos_id, self.eos_id = ids
         self.pad_id = self.eos_id
         self.vocab_size = 1 + max(tokenizer.get_vocab(with_added_tokens=True).values())  # ids may have gaps
@@ -138,7 +149,14 @@ class CaptionTokenizer:
         if not file.is_file():
             raise InputError(f"{file} does not exist; a run directory holds its tokenizer there")
         tokenizer = read_tokenizer(file)
-        return cls(tokenizer, *bos_and_eos(directory, tokenizer))
+        loaded = cls(tokenizer, *bos_and_eos(directory, tokenizer))
+        loaded.frequencies = load_frequencies(directory)
+        return loaded
+
+    def count_places(self, captions: Iterable[str]) -> None:
+        """Count how often each token stands at each place of captions, or of the first 50,000."""
+        ids, _ = self.encode(list(itertools.islice(captions, CAPTIONS)), PLACES + 2)
+        self.frequencies = place_frequencies(ids, self.vocab_size)
 
     def ids_in(self, other: CaptionTokenizer) -> list[int]:
         """For each id the other's id of the same token, -1 where it has none; BOS and EOS are the other's."""
@@ -158,6 +176,8 @@ class CaptionTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        if self.frequencies is not None:
+            save_frequencies(self.frequencies, directory)
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Each caption as ``BOS w1 … wn EOS``; words beyond `max_tokens` ids are cut, EOS stays.

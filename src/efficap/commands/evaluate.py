@@ -240,6 +240,8 @@ def _shown_picture(pictures: Callable[[str], Path | Image.Image], image_id: str)
 def _described(decoding: Decoding) -> str:
     settings = dataclasses.asdict(decoding)
     del settings["batch_size"]  # changes no caption
+    if not decoding.evidence:
+        del settings["evidence"]  # as evaluations of earlier versions have it
     options = (f"{name}={value}" for name, value in settings.items())
     return f"{decoding.method}: {', '.join(options)}"
 

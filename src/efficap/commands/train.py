@@ -162,8 +162,10 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(begun(run_dir)))
         data = _data(stages)
+        hides = any(settings["training"].get("hidden_captions") for settings in stages.values())
         tokenizer = from_first(
-            lambda: tokenizer_of(cfg["model"]["tokenizer"], data, resumed, init_from), "the tokenizer"
+            lambda: tokenizer_of(cfg["model"]["tokenizer"], data, resumed, init_from, counts=hides),
+            "the tokenizer",
         )
         for its_data, name in owners(data).items():
             with naming(name):

@@ -22,15 +22,25 @@ def tokenizer_of(
     data: dict[str | None, CaptionData],
     resumed: RunDirectory | None,
     init_from: RunDirectory | None,
+    *,
+    counts: bool,
 ) -> CaptionTokenizer:
-    """A run's that goes on, a pretrained one, or one that is learned from the captions of all stages."""
+    """A run's that goes on, a pretrained one, or one that is learned from the captions of all stages.
+
+    Args:
+        counts: whether it has to know how often its tokens stand at each place.
+    """
     if resumed:
         return resumed.tokenizer()
     if init_from and settings == init_from.config["model"]["tokenizer"]:
-        return init_from.tokenizer()
-    if settings["name"] is not None:
-        return CaptionTokenizer.pretrained(settings["name"])
-    return CaptionTokenizer.learn(captions_of(data), settings["vocab_size"])
+        tokenizer = init_from.tokenizer()
+    elif settings["name"] is not None:
+        tokenizer = CaptionTokenizer.pretrained(settings["name"])
+    else:
+        tokenizer = CaptionTokenizer.learn(captions_of(data), settings["vocab_size"])
+    if counts and tokenizer.frequencies is None:
+        tokenizer.count_places(captions_of(data))
+    return tokenizer
 
 
 def captions_of(data: dict[str | None, CaptionData]) -> Iterator[str]:

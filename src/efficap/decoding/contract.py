@@ -88,6 +88,8 @@ class Decoding(ABC):
         repetition_penalty, no_repeat_ngram_size: see `Rules`.
         banned: words and phrases that no caption has.
         prefix: how every caption begins, such as "a photo of"; it counts in `max_tokens`.
+        evidence: weight of what the picture alone says for each word; whoever makes the step function adds it, see
+            `efficap.models.evidence`.
         batch_size: pictures decoded at a time; None: as many as free memory holds. It changes no caption.
 
     Raises:
@@ -101,7 +103,9 @@ class Decoding(ABC):
     no_repeat_ngram_size: int
     banned: Sequence[str]
     prefix: str
-    batch_size: int | None = None  # the runs of earlier versions do not have it
+    # the runs of earlier versions have neither
+    evidence: float = 0.0
+    batch_size: int | None = None
 
     def __post_init__(self) -> None:
         require(
@@ -139,6 +143,12 @@ class Decoding(ABC):
             "must be a list of words or phrases; [] bans nothing",
         )
         require(isinstance(self.prefix, str), "prefix", self.prefix, "must be text; '' for none")
+        require(
+            is_number(self.evidence) and 0 <= self.evidence <= 10,
+            "evidence",
+            self.evidence,
+            "must be a number from 0 to 10; 0 leaves it out, 0.5 does well after training.hidden_captions",
+        )
         require(
             self.batch_size is None or (is_whole(self.batch_size) and self.batch_size >= 1),
             "batch_size",

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from efficap.decoding import Decoding, Step
+from efficap.errors import InputError
 from efficap.evaluation.attention import Word
 from efficap.models.captioner import CaptionModel, DecodingState, FixedDecodingState
+from efficap.models.evidence import EvidentStep
 from efficap.models.pretrained.onnx_runtime import PICTURES, OnnxCaptioner
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble
@@ -58,6 +60,9 @@ class WrittenCaption:
 class CaptionWriter:
     """Writes captions; where memory runs out it halves the batch, says so, and goes on with the smaller one.
 
+    Raises:
+        InputError: `decoding.evidence` where nothing is known of it.
+
     Attributes:
         batch_size: the largest number of pictures at a time; None until `find_batch_size` was asked for it.
         on_encoded: is told the ids and the (B, N, D) memory of pictures as a single model of torch's encodes them; of
@@ -70,6 +75,7 @@ class CaptionWriter:
         tokenizer: CaptionTokenizer,
         decoding: Decoding,
     ) -> None:
+        _check_evidence(captioner, tokenizer, decoding)
         self.captioner, self.tokenizer, self.decoding = captioner, tokenizer, decoding
         self.batch_size = decoding.batch_size
         self.on_encoded: Callable[[list[str], Tensor], object] | None = None
@@ -196,7 +202,31 @@ class CaptionWriter:
         state = self.captioner.start(images, self.decoding.max_tokens, self.decoding.rows)
         if self.on_encoded and isinstance(state, DecodingState | FixedDecodingState):
             self.on_encoded(image_ids, state.memory)
-        return state
+        if not self.decoding.evidence:
+            return state
+        assert isinstance(state, DecodingState | FixedDecodingState)
+        return EvidentStep(
+            state,
+            torch.from_numpy(self.tokenizer.frequencies),
+            weight=self.decoding.evidence,
+            max_tokens=self.decoding.max_tokens,
+            bos_id=self.tokenizer.bos_id,
+        )
+
+
+def _check_evidence(
+    captioner: CaptionModel | OnnxCaptioner | Ensemble, tokenizer: CaptionTokenizer, decoding: Decoding
+) -> None:
+    if not decoding.evidence:
+        return
+    subject = f"decoding.evidence={decoding.evidence}"
+    if not isinstance(captioner, CaptionModel):
+        raise InputError(f"{subject} takes a single run, and no ensemble or ONNX export; leave it out")
+    if tokenizer.frequencies is None:
+        raise InputError(
+            f"{subject} is for a captioner that learned to tell captions unread, by training.hidden_captions in this "
+            "version or a later one; leave it out"
+        )
 
 
 def words_of(written: WrittenCaption, tokenizer: CaptionTokenizer) -> list[Word]:
