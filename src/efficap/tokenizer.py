@@ -150,7 +150,7 @@ class CaptionTokenizer:
             raise InputError(f"{file} does not exist; a run directory holds its tokenizer there")
         tokenizer = read_tokenizer(file)
         loaded = cls(tokenizer, *bos_and_eos(directory, tokenizer))
-        loaded.frequencies = load_frequencies(directory)
+        loaded.frequencies = load_frequencies(directory, loaded.vocab_size)
         return loaded
 
     def count_places(self, captions: Iterable[str]) -> None:

@@ -42,16 +42,21 @@ def save_frequencies(frequencies: Frequencies, directory: Path) -> None:
     (directory / _FILE).write_bytes(save({"frequencies": frequencies.astype(np.float16)}))
 
 
-def load_frequencies(directory: Path) -> Frequencies | None:
+def load_frequencies(directory: Path, vocab_size: int) -> Frequencies | None:
     """What `save_frequencies` wrote; None where it did not.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or of another vocabulary.
     """
     file = directory / _FILE
     if not file.is_file():
         return None
     try:
-        return load_file(file)["frequencies"].astype(np.float32)
+        frequencies: Frequencies = load_file(file)["frequencies"].astype(np.float32)
     except (SafetensorError, KeyError, OSError) as error:
         raise InputError(f"{file} is damaged ({error})") from error
+    if frequencies.ndim != 2 or frequencies.shape[1] != vocab_size:
+        raise InputError(f"{file} has the shape {frequencies.shape}, its tokenizer {vocab_size} tokens")
+    if not ((frequencies >= 0) & (frequencies <= 1)).all():
+        raise InputError(f"{file} holds what are no frequencies, from 0 to 1")
+    return frequencies

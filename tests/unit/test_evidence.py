@@ -24,7 +24,7 @@ from efficap.models.evidence import FLOOR, EvidentStep
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.ensemble import Ensemble, Member
 from efficap.training.writer import CaptionWriter
-from efficap.word_places import PLACES
+from efficap.word_places import PLACES, save_frequencies
 
 CAPTIONS = ["a red picture", "a blue picture", "all of it is red"]
 VOCAB = CaptionTokenizer.learn(CAPTIONS, 300).vocab_size
@@ -66,11 +66,24 @@ def test_frequencies_lie_beside_the_tokenizer_and_come_back(tmp_path: Path) -> N
     assert tokenizer.frequencies is not None
     assert loaded.shape == (PLACES, tokenizer.vocab_size)
     assert abs(loaded - tokenizer.frequencies).max() < 1e-3  # float16 of at most 1
+    (tmp_path / "places.safetensors").unlink()
+    assert CaptionTokenizer.load(tmp_path).frequencies is None
+
+
+def test_frequencies_that_are_damaged_of_another_vocabulary_or_none_are_refused(tmp_path: Path) -> None:
+    tokenizer = counted()
+    tokenizer.save(tmp_path)
+    assert tokenizer.frequencies is not None
+    for frequencies, message in (
+        (tokenizer.frequencies[:, 1:], rf"has the shape \(64, {VOCAB - 1}\), its tokenizer {VOCAB} tokens"),
+        (tokenizer.frequencies - 1, "holds what are no frequencies"),
+    ):
+        save_frequencies(frequencies, tmp_path)
+        with pytest.raises(InputError, match=message):
+            CaptionTokenizer.load(tmp_path)
     (tmp_path / "places.safetensors").write_bytes(b"{")
     with pytest.raises(InputError, match=r"places\.safetensors is damaged"):
         CaptionTokenizer.load(tmp_path)
-    (tmp_path / "places.safetensors").unlink()
-    assert CaptionTokenizer.load(tmp_path).frequencies is None
 
 
 def test_evidence_is_how_much_likelier_a_word_is_unread_than_usual_also_for_rows_that_moved(
