@@ -33,6 +33,7 @@ from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.placement import used_precision
 from efficap.commands.resume import with_settings_of
 from efficap.commands.run_dir import RunDirectory
+from efficap.commands.stopped import explained
 from efficap.commands.train import train
 from efficap.data import pictures
 from efficap.data.pictures import MAX_PIXELS
@@ -177,7 +178,7 @@ def test_a_loader_process_that_is_killed_ends_the_training_with_its_name(
             train(compose("train", *tiny_overrides(folder, run), *CHANCE, "data.num_workers=1"))
     assert killed
     assert re.search(
-        rf"process ({'|'.join(map(str, killed))}) that loads pictures (was killed|died)", str(error.value)
+        rf"process ({'|'.join(map(str, killed))}) that loads pictures was killed \(Killed\)", str(error.value)
     )
     assert f"python train.py resume={run} goes on from the latest checkpoint" in str(error.value)
     assert time.monotonic() - started < 120, "it does not wait for ever"
@@ -508,6 +509,10 @@ def test_a_log_that_is_gone_on_with_is_there_at_all_times(tmp_path: Path) -> Non
 def test_a_loader_process_that_is_killed_is_named_by_all_commands(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(
+        "torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False
+    )  # by another test
+
     def captioning(cfg: dict[str, Any]) -> None:
         loader: DataLoader[Any] = DataLoader(range(100), num_workers=1, collate_fn=_pause)  # type: ignore[arg-type]
         batches = iter(loader)
@@ -525,9 +530,25 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
     assert end.value.code == 1
     errors = capsys.readouterr().err
     assert re.match(
-        r"error: the process \d+ that loads pictures (was killed \(Killed\)|died), most likely for", errors
+        r"error: the process \d+ that loads pictures was killed \(Killed\), most likely for", errors
     )
     assert errors.count("\n") == 1
+
+
+def test_a_loader_process_that_ends_by_itself_is_told_with_its_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False
+    )  # by another test
+    loader: DataLoader[Any] = DataLoader([3], num_workers=1, collate_fn=_end)  # type: ignore[arg-type]
+    told = r"process \d+ that loads pictures ended with exit code 3; what it said stands above; there is no checkpoint"
+    with pytest.raises(InputError, match=told), explained({"output_dir": str(tmp_path)}):
+        next(iter(loader))
+
+
+def _end(statuses: list[int]) -> None:
+    os._exit(statuses[0])
 
 
 def _pause(items: list[int]) -> list[int]:

@@ -14,7 +14,8 @@ from efficap.errors import InputError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _DEAD_LOADER = (
-    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (\w+)|exited unexpectedly)"
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) "
+    r"(?:is killed by signal: (\w+)|exited unexpectedly(?: with exit code (\d+))?)"
 )
 
 
@@ -49,9 +50,12 @@ def of_disk(error: OSError) -> str | None:
 
 def dead_loader(error: BaseException) -> str | None:
     """Which loader process died, and what may help; None if the error is another."""
-    found = re.search(_DEAD_LOADER, str(error))
+    # What ended it, torch tells in the error before the one that it ends with.
+    found = re.search(_DEAD_LOADER, str(error.__cause__)) or re.search(_DEAD_LOADER, str(error))
     if found is None:
         return None
+    if found[3]:
+        return f"the process {found[1]} that loads pictures ended with exit code {found[3]}; what it said stands above"
     how = f"was killed ({found[2]})" if found[2] else "died"
     return (
         f"the process {found[1]} that loads pictures {how}, most likely for lack of main memory: fewer num_workers "

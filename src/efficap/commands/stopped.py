@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from torch.utils.data._utils.signal_handling import _set_SIGCHLD_handler
+
 from efficap.commands.faults import dead_loader
 from efficap.commands.placement import used_precision
 from efficap.commands.resume import has_checkpoint
@@ -23,6 +25,9 @@ def explained(cfg: dict[str, Any]) -> Iterator[None]:
     Args:
         cfg: the values of conf/train.yaml.
     """
+    # torch has it set once in a process, by the first loader, and Lightning ends a stage by putting back what it found:
+    # set before, it stays, and the processes of later loaders, too, are told with what ended them, at once.
+    _set_SIGCHLD_handler()
     try:
         yield
     except RuntimeError as error:
