@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -14,6 +14,7 @@ from tokenizers.processors import ByteLevel as ByteLevelProcessor
 
 from efficap.errors import InputError
 from efficap.hub import pretrained_files
+from efficap.token_divisions import TokenDivisions
 from efficap.tokenizer_files import (
     END_OF_TEXT,
     SETTING,
@@ -34,7 +35,6 @@ from efficap.word_places import (
 )
 
 MOST_IDS = 1 << 24  # of any tokenizer there is a quarter of a million; a made-up one can name the id 2**32
-MOST_SPELLINGS = 20_000  # divisions of a word into tokens
 _WORD = re.compile(r"\s*(\w+(?:[-'’]\w+)*|[^\w\s]+)")  # noqa: RUF001
 
 
@@ -154,8 +154,9 @@ class CaptionTokenizer:
         return loaded
 
     def count_places(self, captions: Iterable[str]) -> None:
-        """Count how often each token stands at each place of captions, or of the first 50,000."""
-        ids, _ = self.encode(list(itertools.islice(captions, CAPTIONS)), PLACES + 2)
+        """Count how often each token stands at each place of captions, or of 50,000 from all over them."""
+        texts = list(captions)
+        ids, _ = self.encode(texts[:: max(1, math.ceil(len(texts) / CAPTIONS))], PLACES + 2)
         self.frequencies = place_frequencies(ids, self.vocab_size)
 
     def ids_in(self, other: CaptionTokenizer) -> list[int]:
@@ -176,8 +177,7 @@ class CaptionTokenizer:
         config = {"tokenizer_class": "PreTrainedTokenizerFast"}
         config |= {"bos_token": bos, "eos_token": eos, "pad_token": eos}
         (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
-        if self.frequencies is not None:
-            save_frequencies(self.frequencies, directory)
+        save_frequencies(self.frequencies, directory)
 
     def encode(self, captions: Sequence[str], max_tokens: int) -> tuple[list[list[int]], int]:
         """Each caption as ``BOS w1 … wn EOS``; words beyond `max_tokens` ids are cut, EOS stays.
@@ -213,8 +213,8 @@ class CaptionTokenizer:
         phrase = " ".join(phrase.split())
         ways: list[list[int]] = []
         for form in dict.fromkeys((phrase, phrase.lower(), phrase.capitalize())):
-            ways += self._divisions(f" {form}")
-            ways += [[self.bos_id, *ids] for ids in self._divisions(form)]
+            ways += self._divisions.of(f" {form}")
+            ways += [[self.bos_id, *ids] for ids in self._divisions.of(form)]
         return ways
 
     def usual_spellings(self, phrase: str) -> list[list[int]]:
@@ -226,35 +226,9 @@ class CaptionTokenizer:
         inside, first = self._ids(f" {phrase}"), self._ids(phrase)
         return [inside] if inside == first else [inside, [self.bos_id, *first]]
 
-    def _divisions(self, text: str) -> list[list[int]]:
-        if not self._is_byte_level:
-            return [self._ids(text)]  # how other tokenizers join their tokens is not known here
-        spelled = "".join(_BYTE_NAMES[byte] for byte in text.encode())
-        vocabulary, longest = self._vocabulary
-        ways: list[list[list[int]]] = [[[]]]  # of the first 0, 1, 2, … bytes
-        for end in range(1, len(spelled) + 1):
-            ways.append(
-                [
-                    [*before, vocabulary[spelled[start:end]]]
-                    for start in range(max(0, end - longest), end)
-                    if spelled[start:end] in vocabulary
-                    for before in ways[start]
-                ]
-            )
-            if len(ways[end]) > MOST_SPELLINGS:
-                raise InputError(f"decoding.banned: {text.strip()!r} is too long; give single words")
-        return ways[-1]
-
     @cached_property
-    def _is_byte_level(self) -> bool:
-        tokens = self._tokenizer.encode(" é", add_special_tokens=False).tokens
-        return "".join(tokens) == "".join(_BYTE_NAMES[byte] for byte in " é".encode())
-
-    @cached_property
-    def _vocabulary(self) -> tuple[dict[str, int], int]:
-        """Tokens with their ids, and the longest token's length in bytes; kept, for listing GPT-2's takes a while."""
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=False)
-        return vocabulary, max(map(len, vocabulary))
+    def _divisions(self) -> TokenDivisions:
+        return TokenDivisions(self._tokenizer)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out, white space collapsed."""
@@ -289,17 +263,6 @@ def _agreement(one: str, other: str) -> int:
     """How many letters two texts begin with alike."""
     pairs = enumerate(zip(one, other, strict=False))
     return next((place for place, (a, b) in pairs if a != b), min(len(one), len(other)))
-
-
-def _byte_names() -> dict[int, str]:
-    """The letter that stands for each byte in a byte-level BPE: itself where it can be seen (GPT-2's rule)."""
-    visible = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    names = {byte: chr(byte) for byte in visible}
-    return names | {byte: chr(256 + number) for number, byte in enumerate(others)}
-
-
-_BYTE_NAMES = _byte_names()
 
 
 def _byte_level(model: models.BPE, add_prefix_space: bool) -> Tokenizer:

@@ -34,12 +34,18 @@ def place_frequencies(captions: Iterable[Sequence[int]], vocab_size: int) -> Fre
         words = ids[1 : PLACES + 1]
         counts[np.arange(len(words)), words] += 1
     anywhere = counts.sum(axis=0) / max(1.0, counts.sum())  # (V,)
-    smooth: Frequencies = (counts + _SMOOTHING * anywhere) / (counts.sum(axis=1, keepdims=True) + _SMOOTHING)
-    return smooth
+    smooth = (counts + _SMOOTHING * anywhere) / (counts.sum(axis=1, keepdims=True) + _SMOOTHING)
+    return smooth.astype(np.float16).astype(
+        np.float32
+    )  # as they are kept, so that a resumed training has the same
 
 
-def save_frequencies(frequencies: Frequencies, directory: Path) -> None:
-    (directory / _FILE).write_bytes(save({"frequencies": frequencies.astype(np.float16)}))
+def save_frequencies(frequencies: Frequencies | None, directory: Path) -> None:
+    """Write them; None leaves none of another tokenizer there."""
+    if frequencies is None:
+        (directory / _FILE).unlink(missing_ok=True)
+    else:
+        (directory / _FILE).write_bytes(save({"frequencies": frequencies.astype(np.float16)}))
 
 
 def load_frequencies(directory: Path, vocab_size: int) -> Frequencies | None:
@@ -53,9 +59,9 @@ def load_frequencies(directory: Path, vocab_size: int) -> Frequencies | None:
         return None
     try:
         frequencies: Frequencies = load_file(file)["frequencies"].astype(np.float32)
-    except (SafetensorError, KeyError, OSError) as error:
+    except (SafetensorError, KeyError, TypeError, AttributeError, ValueError, OSError) as error:
         raise InputError(f"{file} is damaged ({error})") from error
-    if frequencies.ndim != 2 or frequencies.shape[1] != vocab_size:
+    if frequencies.ndim != 2 or not len(frequencies) or frequencies.shape[1] != vocab_size:
         raise InputError(f"{file} has the shape {frequencies.shape}, its tokenizer {vocab_size} tokens")
     if not ((frequencies >= 0) & (frequencies <= 1)).all():
         raise InputError(f"{file} holds what are no frequencies, from 0 to 1")

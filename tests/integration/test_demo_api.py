@@ -219,6 +219,8 @@ def test_a_picture_that_does_not_arrive_is_given_up(server: Served, good: bytes)
         ({"decoding": "greedy", "prefix": "a" * 101}, "at most 100 letters"),
         ({"decoding": "constrained", "required": ["red", "xyz" * 20]}, "must leave room"),
         ({"decoding": "nucleus", "temperature": "nan"}, "temperature"),
+        ({"evidence": 0.5}, "learned to tell captions unread"),
+        ({"evidence": 11}, "evidence=11"),
         ({"run": "../m1"}, "run=../m1 must be one of test, other"),
         ({"num_beam": 3}, "num_beam"),
         ({"decoding": "../beam"}, "decoding"),

@@ -29,6 +29,7 @@ from wandb_files import OfflineRun, finished_run
 from efficap.commands import entry
 from efficap.commands.caption import caption
 from efficap.commands.evaluate import evaluate
+from efficap.commands.faults import dead_loader
 from efficap.commands.metrics_csv import MetricsLogger
 from efficap.commands.placement import used_precision
 from efficap.commands.resume import with_settings_of
@@ -536,15 +537,43 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
 
 
 def test_a_loader_process_that_ends_by_itself_is_told_with_its_exit_code(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(
         "torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False
     )  # by another test
     loader: DataLoader[Any] = DataLoader([3], num_workers=1, collate_fn=_end)  # type: ignore[arg-type]
-    told = r"process \d+ that loads pictures ended with exit code 3; what it said stands above; there is no checkpoint"
-    with pytest.raises(InputError, match=told), explained({"output_dir": str(tmp_path)}):
-        next(iter(loader))
+
+    def training(cfg: dict[str, Any]) -> None:
+        with explained(cfg):
+            next(iter(loader))
+
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setattr(sys, "argv", ["train.py", f"hydra.run.dir={tmp_path}"])
+    with pytest.raises(SystemExit):
+        entry.run("train", training)
+    errors = capsys.readouterr().err
+    assert re.fullmatch(
+        r"error: the process \d+ that loads pictures ended with exit code 3; what it said stands above; there is no "
+        r"checkpoint yet: start anew\n",
+        errors,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Killed", r"was killed \(Killed\), most likely for lack of main memory: fewer num_workers"),
+        (
+            "Bus error",
+            r"was killed \(Bus error\), most likely for lack of memory shared by processes \(/dev/shm\): fewer",
+        ),
+        ("Segmentation fault", r"was killed \(Segmentation fault\)$"),
+    ],
+)
+def test_what_killed_a_loader_process_says_what_helps(name: str, expected: str) -> None:
+    told = dead_loader(RuntimeError(f"DataLoader worker (pid 7) is killed by signal: {name}. "))
+    assert re.match(f"the process 7 that loads pictures {expected}", told or "")
 
 
 def _end(statuses: list[int]) -> None:

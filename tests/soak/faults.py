@@ -49,7 +49,8 @@ def _kill_loader(life: Life, random: Random) -> bool:
         os.kill(process, signal.SIGKILL)
     if life.end() == 0:
         return False
-    _check(life, life.process.status == 1 and "that loads pictures" in life.errors, "its name")
+    told = "that loads pictures" in life.errors and ("resume=" in life.errors or "start anew" in life.errors)
+    _check(life, life.process.status == 1 and told, "its name and how to go on")
     return True
 
 

@@ -15,7 +15,8 @@ from toys import CONSTRAINED, GREEDY, NUCLEUS, Recurrent, assert_well_formed, ca
 
 from efficap.decoding import Decoded, Decoding, build_decoding
 from efficap.errors import InputError
-from efficap.tokenizer import _BYTE_NAMES, CaptionTokenizer
+from efficap.token_divisions import in_bytes
+from efficap.tokenizer import CaptionTokenizer
 
 SENTENCES = [
     "a red dog on a red bench",
@@ -125,9 +126,7 @@ def assert_words(decoding: Decoding, caption: list[int], tokenizer: CaptionToken
     text = "".join(tokenizer._tokenizer.id_to_token(i) or "" for i in caption if i != tokenizer.bos_id)
     for phrase in decoding.banned:
         for form in (phrase, phrase.lower(), phrase.capitalize()):
-            inside, first = (
-                "".join(_BYTE_NAMES[byte] for byte in part.encode()) for part in (f" {form}", form)
-            )
+            inside, first = in_bytes(f" {form}"), in_bytes(form)
             # "cats" may be one token, and another word.
             assert not re.search(re.escape(inside) + "(?![A-Za-z])", text)
             assert not re.match(re.escape(first) + "(?![A-Za-z])", text)

@@ -15,17 +15,20 @@ LR = {"encoder": 1e-3, "bridge": 1e-3, "decoder": 1e-3}
 SETTINGS = {"betas": (0.9, 0.98), "eps": 1e-8, "momentum": 0.9}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)], ids=["wide", "tall", "square"])
-def test_an_update_keeps_the_directions_of_the_gradient_and_evens_their_sizes(shape: tuple[int, int]) -> None:
+def test_an_update_keeps_the_directions_of_the_gradient_and_evens_their_sizes(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     count = min(shape)
     u, vh = (torch.linalg.qr(torch.randn(2, size, count))[0] for size in shape)
     s = torch.logspace(-2, 0, count)  # of the largest: 0.01 … 1
-    found = u.mT @ orthogonal(u * s @ vh.mT).float() @ vh
+    found = u.mT @ orthogonal((u * s @ vh.mT).to(dtype)).float() @ vh
     sizes = found.diagonal(dim1=1, dim2=2)
-    assert sizes.min() > 0.75
+    assert sizes.min() > (0.75 if dtype == torch.float32 else 0.65)  # bfloat16 rounds the smallest away
     assert sizes.max() < 1.25
-    assert (found - sizes.diag_embed()).abs().max() < 0.05  # bfloat16
+    assert (found - sizes.diag_embed()).abs().max() < (0.01 if dtype == torch.float32 else 0.1)
 
 
 def test_what_is_smaller_than_a_three_hundredth_grows_all_the_same_and_nothing_stays_nothing() -> None:

@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from efficap.errors import InputError
-from efficap.tokenizer import _BYTE_NAMES, CaptionTokenizer
+from efficap.token_divisions import in_bytes
+from efficap.tokenizer import CaptionTokenizer
 
 CAPTIONS = ["a red picture", "all of it is red", "a green picture", "two dogs on the grass"] * 3
 LEARNED = CaptionTokenizer.learn(CAPTIONS, vocab_size=300)
@@ -227,13 +228,9 @@ def test_the_ways_to_say_a_phrase_are_all_that_decode_to_it(phrase: str) -> None
 def can_be_part_of(phrase: str, token: int) -> bool:
     """Whether a token can be in any spelling, so that there are few enough to try them all."""
     return any(
-        _spelled(LEARNED, [token]) in _bytes(f" {form}")
+        _spelled(LEARNED, [token]) in in_bytes(f" {form}")
         for form in (phrase, phrase.lower(), phrase.capitalize())
     )
-
-
-def _bytes(text: str) -> str:
-    return "".join(_BYTE_NAMES[byte] for byte in text.encode())
 
 
 def _spelled(tokenizer: CaptionTokenizer, ids: list[int]) -> str:

@@ -30,10 +30,13 @@ def done_with(
         precision: of the weights.
         looking: what is told of where the model looked.
     """
+    decoding = {name: value for name, value in settings.items() if name != "batch_size"}
+    if not decoding.get("evidence"):
+        decoding.pop("evidence", None)  # as folders of earlier versions have it
     return {
         "run": str(run.path),
         "weights": run.weights_digest(),
-        "decoding": {name: value for name, value in settings.items() if name != "batch_size"},
+        "decoding": decoding,
         "precision": str(precision).removeprefix("torch."),
         "attention": looking,
     }

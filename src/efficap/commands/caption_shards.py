@@ -86,9 +86,9 @@ def caption_shards(
     states = [is_done(folder, tar) for tar in tars]  # all that can be refused, before anything is loaded
     if changed := states.count(False):
         _say(f"{changed:,} of {len(tars):,} shards have changed since; these are captioned once more")
-    keep_record(folder, record)
     work_apart()
-    writer, batch_size = load()
+    writer, batch_size = load()  # may refuse the decoding, which then is nobody's record
+    keep_record(folder, record)
     captioned = functools.partial(
         _captioned,
         writer=writer,

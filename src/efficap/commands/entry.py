@@ -82,9 +82,12 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         try:
             return function(plain(cfg))
         except Exception as error:
-            if reason := dead_loader(error) or (isinstance(error, OSError) and of_disk(error)):
-                error = InputError(reason)
-            is_mistake = isinstance(error, _MISTAKES) and not wants_traceback
+            is_told = isinstance(error, _MISTAKES)  # and by whom knew more of it
+            if not is_told and (
+                reason := dead_loader(error) or (isinstance(error, OSError) and of_disk(error))
+            ):
+                error, is_told = InputError(reason), True
+            is_mistake = is_told and not wants_traceback
             if is_mistake:
                 _tell(_one_line(error, config_name))
             elif is_recorded_job():

@@ -15,7 +15,7 @@ from efficap.errors import InputError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 _DEAD_LOADER = (
     r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) "
-    r"(?:is killed by signal: (\w+)|exited unexpectedly(?: with exit code (\d+))?)"
+    r"(?:is killed by signal: ([\w ]+)|exited unexpectedly(?: with exit code (\d+))?)"
 )
 
 
@@ -57,7 +57,10 @@ def dead_loader(error: BaseException) -> str | None:
     if found[3]:
         return f"the process {found[1]} that loads pictures ended with exit code {found[3]}; what it said stands above"
     how = f"was killed ({found[2]})" if found[2] else "died"
+    if found[2] not in (None, "Killed", "Bus error"):
+        return f"the process {found[1]} that loads pictures {how}"
+    memory = "memory shared by processes (/dev/shm)" if found[2] == "Bus error" else "main memory"
     return (
-        f"the process {found[1]} that loads pictures {how}, most likely for lack of main memory: fewer num_workers "
+        f"the process {found[1]} that loads pictures {how}, most likely for lack of {memory}: fewer num_workers "
         "(data.num_workers in training) need less"
     )

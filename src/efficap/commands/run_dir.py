@@ -221,6 +221,9 @@ def write_run(path: Path, config: dict[str, Any], tokenizer: CaptionTokenizer) -
     temporary = path / f".{TOKENIZER_DIR}.{os.getpid()}.tmp"
     tokenizer.save(temporary)
     (path / TOKENIZER_DIR).mkdir(exist_ok=True)
+    for part in (path / TOKENIZER_DIR).iterdir():
+        if not (temporary / part.name).exists():
+            part.unlink()  # of a training that ended before its first checkpoint
     for part in temporary.iterdir():
         os.replace(part, path / TOKENIZER_DIR / part.name)
     temporary.rmdir()

@@ -42,6 +42,7 @@ from efficap.ranks import first_alone, from_first, is_first, join, leave, losses
 from efficap.tokenizer import CaptionTokenizer
 from efficap.training.checkpoints import Checkpoint, checkpoint_of
 from efficap.training.feature_cache import check_feature_cache
+from efficap.training.module import as_range
 from efficap.training.objective import check_objective
 from efficap.training.optim import check_optimizer
 from efficap.training.progress import begun, check_free, is_finished, metrics_of
@@ -162,7 +163,8 @@ def _train(cfg: dict[str, Any], init_from: RunDirectory | None, resumed: RunDire
     with contextlib.ExitStack() as held:
         from_first(lambda: held.enter_context(begun(run_dir)))
         data = _data(stages)
-        hides = any(settings["training"].get("hidden_captions") for settings in stages.values())
+        shares = (settings["training"].get("hidden_captions") or 0.0 for settings in stages.values())
+        hides = any(share for of_stage in shares for share in as_range(of_stage))
         tokenizer = from_first(
             lambda: tokenizer_of(cfg["model"]["tokenizer"], data, resumed, init_from, counts=hides),
             "the tokenizer",

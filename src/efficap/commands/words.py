@@ -38,7 +38,7 @@ def tokenizer_of(
         tokenizer = CaptionTokenizer.pretrained(settings["name"])
     else:
         tokenizer = CaptionTokenizer.learn(captions_of(data), settings["vocab_size"])
-    if counts and tokenizer.frequencies is None:
+    if counts:  # also where init_from has some, of other captions
         tokenizer.count_places(captions_of(data))
     return tokenizer
 

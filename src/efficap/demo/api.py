@@ -32,6 +32,7 @@ class Question(BaseModel):
     no_repeat_ngram_size: int | None = None
     banned: list[str] | None = Field(None, description="words and phrases that no caption has")
     prefix: str | None = Field(None, description="how every caption begins")
+    evidence: float | None = Field(None, description="weight of what the picture alone says for a word")
     num_beams: int | None = Field(None, description="of beam, diverse and constrained")
     length_penalty: float | None = None
     early_stopping: bool | Literal["never"] | None = None

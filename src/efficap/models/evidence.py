@@ -55,4 +55,4 @@ class EvidentStep:
         seen = self.state.decoder.logits(self.unread[:, place]).float().softmax(dim=-1)  # (B, V)
         evidence = ((seen + FLOOR) / (self.frequencies[place] + FLOOR)).log()
         rows = len(logits) // len(evidence)
-        return logits.log_softmax(dim=-1) + self.weight * evidence.repeat_interleave(rows, dim=0)
+        return logits + self.weight * evidence.repeat_interleave(rows, dim=0)

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 SMOOTHING = 0.75  # exponent of a neighbour's frequency (Levy et al., 2015, https://aclanthology.org/Q15-1016)
 STD = 0.02  # of the values, GPT-2's own
@@ -35,9 +34,7 @@ def word_vectors(captions: Iterable[Sequence[int]], vocab_size: int, width: int)
     rows = [torch.tensor(caption) for caption in captions]
     if not rows:
         return torch.zeros(vocab_size, width)
-    ids = pad_sequence(rows, padding_value=-1)  # (longest, n)
-    is_pair = ids[1:] >= 0
-    before, after = ids[:-1][is_pair], ids[1:][is_pair]
+    before, after = torch.cat([row[:-1] for row in rows]), torch.cat([row[1:] for row in rows])
     neighbours = [information(after, before, vocab_size), information(before, after, vocab_size)]
     table = torch.cat(neighbours, dim=1)  # (V, 2V), sparse
     rank = min(width, vocab_size)

@@ -221,11 +221,13 @@ def _check_evidence(
         return
     subject = f"decoding.evidence={decoding.evidence}"
     if not isinstance(captioner, CaptionModel):
-        raise InputError(f"{subject} takes a single run, and no ensemble or ONNX export; leave it out")
+        raise InputError(
+            f"{subject} takes a single run, and no ensemble or ONNX export; ++decoding.evidence=0 does without it"
+        )
     if tokenizer.frequencies is None:
         raise InputError(
             f"{subject} is for a captioner that learned to tell captions unread, by training.hidden_captions in this "
-            "version or a later one; leave it out"
+            "version or a later one; ++decoding.evidence=0 does without it"
         )
 
 
