@@ -226,11 +226,13 @@ def main() -> None:
             running = {}
             for side, share in zip(sides, shares, strict=False):
                 running[side] = start(side, seed, folder / f"{side}-{seed}", arguments, share)
-                if not options.together:
-                    running[side].wait()
+                if not options.together and running[side].wait():
+                    sys.exit(f"{side} failed")  # and not ten minutes later
             for side, process in running.items():
                 output = process.communicate()[0]
                 if process.returncode:
+                    for other in running.values():
+                        other.terminate()  # where it still runs
                     sys.exit(f"{side} failed")
                 found[side].append(json.loads(output.splitlines()[-1]))
                 shown = "  ".join(f"{key} {value:.4g}" for key, value in found[side][-1].items())
