@@ -21,7 +21,7 @@ class TokenDivisions:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._ids = tokenizer.get_vocab(with_added_tokens=False)
-        self._longest = max(map(len, self._ids))  # bytes
+        self._longest = max(map(len, self._ids), default=0)  # bytes
         tokens = tokenizer.encode(" é", add_special_tokens=False).tokens
         self._is_byte_level = "".join(tokens) == in_bytes(" é")
 
@@ -31,10 +31,8 @@ class TokenDivisions:
         Raises:
             InputError: there are more than `MOST`.
         """
-        if not self._is_byte_level:
-            return [
-                list(self._tokenizer.encode(text, add_special_tokens=False).ids)
-            ]  # how others join is not known
+        if not self._is_byte_level:  # how others join their tokens is not known here
+            return [list(self._tokenizer.encode(text, add_special_tokens=False).ids)]
         spelled = in_bytes(text)
         ways: list[list[list[int]]] = [[[]]]  # of the first 0, 1, 2, … bytes
         for end in range(1, len(spelled) + 1):

@@ -35,9 +35,8 @@ def place_frequencies(captions: Iterable[Sequence[int]], vocab_size: int) -> Fre
         counts[np.arange(len(words)), words] += 1
     anywhere = counts.sum(axis=0) / max(1.0, counts.sum())  # (V,)
     smooth = (counts + _SMOOTHING * anywhere) / (counts.sum(axis=1, keepdims=True) + _SMOOTHING)
-    return smooth.astype(np.float16).astype(
-        np.float32
-    )  # as they are kept, so that a resumed training has the same
+    # Rounded as they are kept, so that a resumed training has the same.
+    return smooth.astype(np.float16).astype(np.float32)
 
 
 def save_frequencies(frequencies: Frequencies | None, directory: Path) -> None:

@@ -510,9 +510,8 @@ def test_a_log_that_is_gone_on_with_is_there_at_all_times(tmp_path: Path) -> Non
 def test_a_loader_process_that_is_killed_is_named_by_all_commands(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False
-    )  # by another test
+    # As if no test before had a loader, whose handler Lightning may have put away.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
 
     def captioning(cfg: dict[str, Any]) -> None:
         loader: DataLoader[Any] = DataLoader(range(100), num_workers=1, collate_fn=_pause)  # type: ignore[arg-type]
@@ -539,9 +538,8 @@ def test_a_loader_process_that_is_killed_is_named_by_all_commands(
 def test_a_loader_process_that_ends_by_itself_is_told_with_its_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(
-        "torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False
-    )  # by another test
+    # As if no test before had a loader, whose handler Lightning may have put away.
+    monkeypatch.setattr("torch.utils.data._utils.signal_handling._SIGCHLD_handler_set", False)
     loader: DataLoader[Any] = DataLoader([3], num_workers=1, collate_fn=_end)  # type: ignore[arg-type]
 
     def training(cfg: dict[str, Any]) -> None:

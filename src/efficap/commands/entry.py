@@ -82,7 +82,7 @@ def run(config_name: str, function: Callable[[dict[str, Any]], Result]) -> None:
         try:
             return function(plain(cfg))
         except Exception as error:
-            is_told = isinstance(error, _MISTAKES)  # and by whom knew more of it
+            is_told = isinstance(error, _MISTAKES)  # by who knew more of it, such as how a training goes on
             if not is_told and (
                 reason := dead_loader(error) or (isinstance(error, OSError) and of_disk(error))
             ):
