@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from efficap.commands.faults import check_writable
 from efficap.commands.run_dir import RunDirectory
+from efficap.decoding import deciding
 from efficap.errors import InputError
 from efficap.files import replacing
 from efficap.training.writer import WrittenCaption
@@ -30,13 +31,10 @@ def done_with(
         precision: of the weights.
         looking: what is told of where the model looked.
     """
-    decoding = {name: value for name, value in settings.items() if name != "batch_size"}
-    if not decoding.get("evidence"):
-        decoding.pop("evidence", None)  # as folders of earlier versions have it
     return {
         "run": str(run.path),
         "weights": run.weights_digest(),
-        "decoding": decoding,
+        "decoding": deciding(settings),
         "precision": str(precision).removeprefix("torch."),
         "attention": looking,
     }

@@ -18,7 +18,7 @@ from efficap.commands.kinds import check_form
 from efficap.commands.schema import EVAL
 from efficap.commands.subject import Subject, open_ensemble, open_run
 from efficap.data.caption_data import CaptionData
-from efficap.decoding import Decoding
+from efficap.decoding import Decoding, deciding
 from efficap.errors import InputError
 from efficap.evaluation.bootstrap import score_intervals
 from efficap.evaluation.grounding import checks_line, verdict_line
@@ -238,11 +238,7 @@ def _shown_picture(pictures: Callable[[str], Path | Image.Image], image_id: str)
 
 
 def _described(decoding: Decoding) -> str:
-    settings = dataclasses.asdict(decoding)
-    del settings["batch_size"]  # changes no caption
-    if not decoding.evidence:
-        del settings["evidence"]  # as evaluations of earlier versions have it
-    options = (f"{name}={value}" for name, value in settings.items())
+    options = (f"{name}={value}" for name, value in deciding(dataclasses.asdict(decoding)).items())
     return f"{decoding.method}: {', '.join(options)}"
 
 

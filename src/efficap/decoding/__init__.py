@@ -16,9 +16,31 @@ from efficap.decoding.contract import Decoded, Decoding, Step
 from efficap.decoding.sampling import Greedy, Nucleus
 from efficap.errors import InputError
 
-__all__ = ["Beam", "Constrained", "Decoded", "Decoding", "Greedy", "Nucleus", "Step", "build_decoding"]
+__all__ = [
+    "Beam",
+    "Constrained",
+    "Decoded",
+    "Decoding",
+    "Greedy",
+    "Nucleus",
+    "Step",
+    "build_decoding",
+    "deciding",
+]
 
 METHODS: dict[str, type[Decoding]] = {cls.method: cls for cls in (Greedy, Beam, Nucleus, Constrained)}
+
+
+def deciding(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a decoding that captions depend on, for telling whether two are made alike.
+
+    The batch changes none, nor does evidence of no weight, which what earlier versions wrote does not name.
+    """
+    return {
+        name: value
+        for name, value in settings.items()
+        if name != "batch_size" and (name != "evidence" or value)
+    }
 
 
 def build_decoding(settings: Mapping[str, Any]) -> Decoding:
